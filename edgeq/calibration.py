@@ -1,0 +1,89 @@
+"""Calibration: which tokens to run, and how strongly each input of every linear is used (the importance matrix).
+
+Importance is what llama.cpp's llama-imatrix measures and its quantizers take: for column j of a weight, the sum of x_j^2 over all
+tokens divided by their number (tools/imatrix/imatrix.cpp). Two choices differ from that tool: the head is measured too (there
+it is an option), and windows are run as they are, without a BOS token in place of their first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edgeq.errors import SourceError, UsageError
+from edgeq.progress import Progress, silent
+from edgeq.reference import Point, Reference
+
+# Mean squared input per column, float32 (n_in,), by linear: "layers.3.wq", "head". A tied head goes by "head" as well.
+Importance = Mapping[str, npt.NDArray[np.float32]]
+
+_LINEARS: Mapping[Point, tuple[str, ...]] = {
+    "attn_in": ("wq", "wk", "wv"),
+    "attn_out": ("wo",),
+    "mlp_in": ("gate", "up"),
+    "mlp_hidden": ("down",),
+    "head_in": ("head",),
+}
+
+
+def importance(reference: Reference, windows: Sequence[Sequence[int]], *, progress: Progress = silent) -> Importance:
+    """Run the windows and average the squared inputs of every linear, summed in float64.
+
+    Linears that share an input (wq, wk, wv; gate, up) share its array. Raises UsageError without windows, and SourceError naming
+    the first linear whose input is NaN or infinite.
+    """
+    if not windows:
+        raise UsageError("no calibration windows: give a text of at least one window")
+    sums: dict[tuple[int | None, Point], torch.Tensor] = {}
+
+    def add(layer: int | None, point: Point, x: torch.Tensor) -> None:
+        squares = x.flatten(0, -2).square().sum(0, dtype=torch.float64)
+        known = sums.get((layer, point))
+        sums[layer, point] = squares if known is None else known + squares
+
+    reference.hidden(windows, observe=add, step="calibrate", progress=progress)
+    n_tokens = sum(len(window) for window in windows)
+    means: dict[str, npt.NDArray[np.float32]] = {}
+    for (layer, point), total in sums.items():
+        names = [role if layer is None else f"layers.{layer}.{role}" for role in _LINEARS[point]]
+        mean = (total / n_tokens).to(torch.float32).cpu().numpy()
+        if not np.isfinite(mean).all():
+            raise SourceError(
+                f"{names[0]}: its input is NaN or infinite in calibration, so a weight before it is broken. "
+                "Check the checkpoint, or download it again"
+            )
+        means |= dict.fromkeys(names, mean)
+    return means
+
+
+def windows_of(tokens: Sequence[int], *, length: int, count: int) -> list[list[int]]:
+    """`count` windows of `length` tokens, spread evenly from the first token to the last, without overlap; fewer if the text has fewer.
+
+    Raises UsageError when the text is shorter than one window.
+    """
+    count = min(count, len(tokens) // length)
+    if count < 1:
+        raise UsageError(f"the text has {len(tokens)} tokens, fewer than one window of {length}: use a longer text or shorter windows")
+    spare = len(tokens) - length
+    starts = [i * spare // (count - 1) if count > 1 else 0 for i in range(count)]
+    return [list(tokens[start : start + length]) for start in starts]
+
+
+def split(tokens: Sequence[int], *, length: int, count: int, held_back: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to calibrate on, and windows kept apart from them to judge the result: the end of the text, in order.
+
+    Both of `length` tokens: at most `count` and `held_back` of them. A short text gives a fifth of its windows to the second
+    part, and at least one. Raises UsageError when the text has less than two windows.
+    """
+    n_windows = len(tokens) // length
+    if n_windows < 2:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens; calibration and its check need two windows of {length}: "
+            "use a longer text or shorter windows"
+        )
+    n_back = min(held_back, max(1, n_windows // 5))
+    edge = len(tokens) - n_back * length
+    return windows_of(tokens[:edge], length=length, count=count), windows_of(tokens[edge:], length=length, count=n_back)
