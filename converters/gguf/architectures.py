@@ -1,0 +1,161 @@
+"""Which llama.cpp architecture a model is lowered to, and the check that it fits what the loader and the graph accept.
+
+A model that breaks one of these rules does not load, kills the process with an assertion, or, worst, runs and computes something else.
+So it is refused here, before anything is written, with the value and the remedy. The rules themselves stand as rows beside the GGUF
+reader (`sources.gguf_spec`), because what we write must be what the stock runtime computes just as what we read.
+Sizes that differ from layer to layer fit none of these architectures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgeq.converters.sources.gguf_spec import MAX_LAYERS, RULES, LoaderRules
+from edgeq.errors import PlanError, UnsupportedError
+from edgeq.families import Family, family
+from edgeq.rope import RopeKind
+from edgeq.spec import Attention, Mlp, ModelSpec
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One value of `general.architecture` and what the loader does with it."""
+
+    name: str
+    rules: LoaderRules
+
+    @property
+    def title(self) -> str:
+        return f"llama.cpp's {self.name} architecture"
+
+    @property
+    def rope_kinds(self) -> tuple[RopeKind, ...]:
+        """Kinds of rotary scaling that the graph applies."""
+        kinds: list[RopeKind] = ["plain", "linear", "yarn"]
+        if self.rules.rope_freqs:
+            kinds.append("factors")
+        if self.rules.rope_factors != "never":
+            kinds.append("longrope")
+        return tuple(kinds)
+
+    def attention_scale(self, spec: ModelSpec) -> float:
+        """What the graph multiplies q.k with."""
+        attention = spec.attention[0]
+        if spec.n_layers == self.rules.square_scale_at:
+            return 1 / math.sqrt(spec.n_embd // attention.n_heads)
+        return 1 / math.sqrt(attention.head_dim)
+
+
+def arch_for(spec: ModelSpec) -> Arch:
+    """The architecture that a model is lowered to: that of its family, once the model is known to fit.
+
+    Raises PlanError or UnsupportedError naming the value that does not fit.
+    """
+    row = family(spec.family)
+    arch = Arch(row.gguf_arch, RULES[row.name])
+    for check in _CHECKS:
+        check(spec, row, arch)
+    return arch
+
+
+def _check_layers(spec: ModelSpec, row: Family, arch: Arch) -> None:
+    if spec.n_layers > MAX_LAYERS:
+        raise PlanError(f"{spec.n_layers} layers: llama.cpp stops at {MAX_LAYERS}. Drop layers.")
+    for layer, blocks in spec.layers():
+        if [type(b) for b in blocks] != [Attention, Mlp]:
+            kinds = " and ".join(type(b).__name__ for b in blocks) or "nothing"
+            raise PlanError(f"layer {layer} has {kinds}: {arch.title} wants one Attention and one Mlp, in this order.")
+
+
+def _check_uniform(spec: ModelSpec, row: Family, arch: Arch) -> None:
+    sizes: dict[str, Callable[[int], int]] = {
+        "n_heads": lambda i: spec.attention[i].n_heads,
+        "n_kv_heads": lambda i: spec.attention[i].n_kv_heads,
+        "head_dim": lambda i: spec.attention[i].head_dim,
+        "n_ff": lambda i: spec.mlps[i].n_ff,
+    }
+    for name, size in sizes.items():
+        for layer in range(1, spec.n_layers):
+            if size(layer) != size(0):
+                raise PlanError(
+                    f"layer {layer} has {name} {size(layer)}, layer 0 has {size(0)}: {arch.title} has one {name} for "
+                    "all layers. Cut every layer to the same size."
+                )
+
+
+def _check_attention(spec: ModelSpec, row: Family, arch: Arch) -> None:
+    a = spec.attention[0]
+    if row.square_attention and a.n_heads * a.head_dim != spec.n_embd:
+        raise PlanError(
+            f"{a.n_heads} heads of {a.head_dim} make {a.n_heads * a.head_dim}, the model is {spec.n_embd} wide: "
+            f"{arch.title} wants both equal. Keep every head whole."
+        )
+    if not row.qk_norm and not math.isclose(spec.attn_scale, arch.attention_scale(spec), rel_tol=1e-6):
+        raise UnsupportedError(
+            f"attention scale {spec.attn_scale:.6g}: {arch.title} uses {arch.attention_scale(spec):.6g} and has no key "
+            "for another. It cannot be exported as GGUF."
+        )
+    embed_scale = math.sqrt(spec.n_embd) if row.scaled_embedding else 1.0
+    # 1 %: checkpoints in bfloat16 round sqrt(n_embd) to 8 bits.
+    if not math.isclose(spec.embed_scale, embed_scale, rel_tol=0.01):
+        raise UnsupportedError(
+            f"embedding scale {spec.embed_scale:.6g}: {arch.title} uses {embed_scale:.6g} and has no key for another. "
+            "It cannot be exported as GGUF."
+        )
+
+
+def _check_rope(spec: ModelSpec, row: Family, arch: Arch) -> None:
+    rope, head_dim = spec.rope, spec.attention[0].head_dim
+    if rope.dim != head_dim and not arch.rules.partial_rotary:
+        raise PlanError(
+            f"{rope.dim} of {head_dim} dimensions of a head rotate: {arch.title} rotates all of them. It cannot be exported as GGUF."
+        )
+    plain_betas = (rope.beta_fast, rope.beta_slow) == (32, 1)
+    if rope.kind not in arch.rope_kinds or (rope.kind == "yarn" and not plain_betas and "factors" not in arch.rope_kinds):
+        what = f"yarn with beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g}" if rope.kind == "yarn" else repr(rope.kind)
+        raise UnsupportedError(
+            f"rope scaling {what} is ignored by {arch.title}, which knows {', '.join(arch.rope_kinds)}. "
+            "Remove the scaling from the config to use the model up to its original context."
+        )
+    local = spec.rope_local
+    if local is not None and (local.kind != "plain" or local.attn_factor != rope.attn_factor or local.dim != rope.dim):
+        raise UnsupportedError(
+            f"rope of sliding-window layers ({local.kind}, {local.dim} dimensions): llama.cpp gives them only a base of their own. "
+            "It cannot be exported as GGUF."
+        )
+    for block in spec.attention:
+        period = arch.rules.no_rope_period
+        rotates = period is None or (block.layer + 1) % period != 0
+        if (block.rope != "none") != rotates:
+            rule = "rotates in every layer" if period is None else f"rotates except in every {period}th layer"
+            raise UnsupportedError(
+                f"layer {block.layer} {'rotates' if block.rope != 'none' else 'does not rotate'}: {arch.title} {rule}. "
+                "It cannot be exported as GGUF."
+            )
+
+
+def _check_windows(spec: ModelSpec, row: Family, arch: Arch) -> None:
+    windows = {b.window for b in spec.attention if b.window is not None}
+    if arch.rules.window_period is not None and len(windows) > 1:
+        raise UnsupportedError(f"sliding windows of {sorted(windows)} tokens: llama.cpp has one length for all layers.")
+    for block in spec.attention:
+        local = arch.rules.window_period is not None and block.window is not None
+        if block.rope != "none" and (block.rope == "local") != local:
+            raise UnsupportedError(
+                f"layer {block.layer} has window {block.window} and {block.rope} rope: {arch.title} uses the local rope "
+                "exactly where there is a window."
+            )
+
+
+def _check_biases(spec: ModelSpec, row: Family, arch: Arch) -> None:
+    unread = sorted(spec.biases - set(arch.rules.biases))
+    if unread:
+        raise UnsupportedError(
+            f"biases of {', '.join(unread)}: {arch.title} reads those of {', '.join(arch.rules.biases)} only. "
+            "It cannot be exported as GGUF."
+        )
+
+
+_CHECKS = (_check_layers, _check_uniform, _check_attention, _check_rope, _check_windows, _check_biases)

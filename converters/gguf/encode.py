@@ -1,0 +1,251 @@
+"""Encoding float rows into ggml block types with ggml's own code, in parallel.
+
+The block types are encoded by `ggml_quantize_chunk` of the installed llama library, called through ctypes, which releases the GIL; so a
+pool of threads keeps every core busy. Rows are independent of each other in every grid, therefore neither the number of threads nor
+the chunking changes a byte. Float grids are rounded to nearest even by numpy and need no library.
+
+Importance is one weight per column: the mean square of the inputs that column meets (`imatrix` in llama.cpp). ggml's encoders choose
+block scales that minimise the weighted squared error; Q8_0 and MXFP4 ignore it.
+
+Signatures: ggml/include/ggml.h and ggml/src/ggml-quants.h of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from edgeq.errors import MissingDependency, PlanError, ShapeError, SourceError, UnsupportedError
+from edgeq.grids import BF16, F16, F32, Grid
+from edgeq.tensors import Bytes, Floats, LazyTensor, check_finite
+
+FLOAT_BYTES_IN_FLIGHT = 64 << 20  # float32 values being encoded at one time, over all threads
+COPY_BYTES = 16 << 20
+# A column that calibration never saw still counts this much of the mean: zeros would make whole blocks arbitrary.
+_LEAST_IMPORTANCE = 1e-6
+# Grids that ggml encodes without being given an importance matrix.
+ENCODABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+
+
+@dataclass(frozen=True)
+class RegridError:
+    """What encoding lost, as sums over values x and their decoded codes y, so that parts add up.
+
+    squared: sum (x-y)^2; norm: sum x^2; the weighted ones carry each column's importance (1 when there is none).
+    """
+
+    squared: float
+    norm: float
+    weighted_squared: float
+    weighted_norm: float
+
+    @property
+    def relative(self) -> float:
+        """Squared error relative to the squared norm."""
+        return self.squared / self.norm if self.norm else 0.0
+
+    @property
+    def weighted_relative(self) -> float:
+        return self.weighted_squared / self.weighted_norm if self.weighted_norm else 0.0
+
+    def __add__(self, other: RegridError) -> RegridError:
+        return RegridError(
+            self.squared + other.squared,
+            self.norm + other.norm,
+            self.weighted_squared + other.weighted_squared,
+            self.weighted_norm + other.weighted_norm,
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive encoded rows, uint8 (rows, row_bytes), and what encoding them lost (None unless measured)."""
+
+    packed: Bytes
+    error: RegridError | None
+
+
+def encode_rows(values: Floats, grid: Grid, importance: Floats | None = None, *, origin: str = "values") -> Bytes:
+    """float32 (n_rows, n_cols) to packed rows, uint8 (n_rows, grid.row_bytes(n_cols)).
+
+    importance: (n_cols,), or None. Raises SourceError when a value is not finite, PlanError when one does not fit the grid,
+    ShapeError when the widths disagree, UnsupportedError for grids ggml cannot encode by itself, MissingDependency without the
+    llama library.
+    """
+    if values.ndim != 2:
+        raise ShapeError(f"{origin}: shape {list(values.shape)} is not a matrix of rows")
+    weights = None if importance is None else usable_importance(importance, values.shape[1], origin=origin)
+    return _encode(np.ascontiguousarray(values, dtype=np.float32), grid, weights, origin)
+
+
+def _encode(values: Floats, grid: Grid, weights: Floats | None, origin: str) -> Bytes:
+    """encode_rows with importance that is usable already."""
+    n_rows, n_cols = values.shape
+    row_bytes = grid.row_bytes(n_cols)
+    check_finite(values, origin=origin)
+    if grid.is_float:
+        return _encode_float(values, grid, origin)
+    if grid.name not in ENCODABLE:
+        raise _not_writable(grid, origin)
+    packed = np.empty((n_rows, row_bytes), dtype=np.uint8)
+    library = _ggml()
+    library.ggml_quantize_chunk(grid.id, _pointer(values), _pointer(packed), 0, n_rows, n_cols, _pointer(weights))
+    if not library.ggml_validate_row_data(grid.id, _pointer(packed), packed.nbytes):
+        largest = float(np.abs(values).max())
+        raise PlanError(f"{origin}: values up to {largest:.6g} overflow the block scales of {grid.name}. Use BF16 or F32 for this tensor.")
+    return packed
+
+
+def encode_tensor(
+    tensor: LazyTensor, grid: Grid, importance: Floats | None = None, *, threads: int | None = None, measure: bool = False
+) -> Iterator[Chunk]:
+    """Encode a tensor in chunks of rows, in order; at most FLOAT_BYTES_IN_FLIGHT of float32 values (or one row per thread) at a time.
+
+    threads: None means one per core that this process may use. measure: also decode what was encoded and report the error. Raises as
+    `encode_rows`, naming the tensor.
+    """
+    n_threads = threads or usable_cores()
+    n_cols = tensor.n_cols
+    weights = None if importance is None else usable_importance(importance, n_cols, origin=tensor.origin)
+    rows = max(1, FLOAT_BYTES_IN_FLIGHT // (4 * n_cols * (n_threads + 1)))
+    # Small tensors are split too, as long as a piece is worth a thread.
+    rows = min(rows, max(-(-tensor.n_rows // n_threads), -(-65536 // n_cols)))
+
+    def encode(start: int) -> Chunk:
+        values = tensor.decode(start, min(start + rows, tensor.n_rows)).reshape(-1, n_cols)
+        packed = _encode(values, grid, weights, tensor.origin)
+        return Chunk(packed, _regrid_error(values, packed, grid, weights) if measure else None)
+
+    starts = range(0, tensor.n_rows, rows)
+    if n_threads == 1 or len(starts) == 1:
+        yield from map(encode, starts)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        waiting: deque[Future[Chunk]] = deque()
+        try:
+            for start in starts:
+                waiting.append(pool.submit(encode, start))
+                if len(waiting) > n_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def copy_tensor(tensor: LazyTensor) -> Iterator[Bytes]:
+    """Packed rows as they are. Raises SourceError when a value, or the scale of a block, is not finite."""
+    rows = max(1, COPY_BYTES // tensor.row_bytes)
+    for start in range(0, tensor.n_rows, rows):
+        packed = np.ascontiguousarray(tensor.packed(start, min(start + rows, tensor.n_rows)))
+        if tensor.grid.is_float:
+            check_finite(tensor.grid.decode(packed, tensor.n_cols), origin=tensor.origin)
+        elif not _ggml().ggml_validate_row_data(tensor.grid.id, _pointer(packed), packed.nbytes):
+            raise SourceError(f"{tensor.origin}: a block scale in {tensor.grid.name} is NaN or infinite. Fetch the model again.")
+        yield packed
+
+
+def usable_importance(importance: Floats, n_cols: int, *, origin: str) -> Floats | None:
+    """Importance as ggml can use it: finite, positive, float32 (n_cols,). None (all columns alike) when every entry is zero.
+
+    Raises ShapeError for the wrong length and PlanError for negative or non-finite entries.
+    """
+    weights = np.asarray(importance)
+    if weights.shape != (n_cols,):
+        raise ShapeError(f"{origin}: importance has shape {list(weights.shape)}, expected [{n_cols}], one entry per column")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        worst = int(np.argmin(np.where(np.isfinite(weights), weights, -np.inf)))
+        raise PlanError(
+            f"{origin}: importance of column {worst} is {weights[worst]}, expected a finite number >= 0. Calibrate again with another text."
+        )
+    mean = float(weights.mean(dtype=np.float64))
+    if mean == 0:
+        return None
+    # Only ratios count. A power of two changes no bit of ggml's choices and keeps its float32 sums from running over or under.
+    raised = np.maximum(weights.astype(np.float64), _LEAST_IMPORTANCE * mean)
+    return np.ldexp(raised, -math.frexp(mean)[1]).astype(np.float32)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _encode_float(values: Floats, grid: Grid, origin: str) -> Bytes:
+    if grid is F32:
+        return values.view(np.uint8)
+    if grid is F16:
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        packed, overflow, remedy = halves.view(np.uint8), np.isinf(halves), "Use BF16 for this model."
+    elif grid is BF16:
+        bits = values.view(np.uint32)
+        codes = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        packed, overflow, remedy = codes.view(np.uint8), (codes & 0x7F80) == 0x7F80, "Use F32 for this model."
+    else:
+        raise _not_writable(grid, origin)
+    if overflow.any():
+        raise PlanError(f"{origin}: {np.abs(values).max():.6g} is beyond the largest {grid.name} number. {remedy}")
+    return packed
+
+
+def _not_writable(grid: Grid, origin: str) -> UnsupportedError:
+    return UnsupportedError(f"{origin}: {grid.name} cannot be written; choose one of F32, F16, BF16, {', '.join(ENCODABLE)}")
+
+
+def _regrid_error(values: Floats, packed: Bytes, grid: Grid, weights: Floats | None) -> RegridError:
+    lost = values - _decode(packed, grid, values.shape[1])
+    squared = np.einsum("ij,ij->j", lost, lost, dtype=np.float64)
+    norm = np.einsum("ij,ij->j", values, values, dtype=np.float64)
+    w = np.ones(len(norm)) if weights is None else weights.astype(np.float64)
+    return RegridError(float(squared.sum()), float(norm.sum()), float(squared @ w), float(norm @ w))
+
+
+def _decode(packed: Bytes, grid: Grid, n_cols: int) -> Floats:
+    """As Grid.decode, by ggml where it can: several times faster, and on all cores."""
+    if grid.is_float:
+        return grid.decode(packed, n_cols)
+    values = np.empty((len(packed), n_cols), dtype=np.float32)
+    dequantize = getattr(_ggml(), "dequantize_row_" + grid.name.lower().replace("_k", "_K"))
+    dequantize(_pointer(packed), _pointer(values), ctypes.c_int64(values.size))
+    return values
+
+
+def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
+
+
+@lru_cache(maxsize=1)
+def _ggml() -> ctypes.CDLL:
+    """ggml's base library out of the installed llama-cpp-python, without importing that package."""
+    try:
+        spec = importlib.util.find_spec("llama_cpp")
+    except ValueError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependency("llama_cpp", "export")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    names = {"win32": ("ggml-base.dll", "libggml-base.dll"), "darwin": ("libggml-base.dylib", "libggml-base.so")}
+    for name in names.get(sys.platform, ("libggml-base.so",)):
+        if (folder / name).is_file():
+            library = ctypes.CDLL(str(folder / name))
+            break
+    else:
+        raise MissingDependency("llama_cpp", "export")
+    void, i64 = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, void, void, i64, i64, i64, void]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_validate_row_data.argtypes = [ctypes.c_int, void, ctypes.c_size_t]
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    return library
