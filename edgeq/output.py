@@ -50,13 +50,8 @@ def staged_folder(target: Path, *, force: bool = False, inputs: tuple[Path, ...]
 @contextmanager
 def staged_file(target: Path, *, force: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A private path whose file becomes `target` when the block ends without an error. Raises as `staged_folder`."""
+    check_file_target(target, force=force, inputs=inputs)
     target = target.resolve()
-    if any(_same(target, path) for path in inputs):
-        raise OutputError(f"{target}: the output is the same file as an input. Choose another output path.")
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder; give a file name.")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists and is kept. Choose another path or pass --force to replace it.")
     with _os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
@@ -81,6 +76,16 @@ def check_target(target: Path, *, force: bool, inputs: tuple[Path, ...] = ()) ->
         raise OutputError(f"{target} exists and is not a folder. Choose another output folder.")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise OutputError(f"{target} exists and is kept. Choose another folder or pass --force to replace it.")
+
+
+def check_file_target(target: Path, *, force: bool, inputs: tuple[Path, ...] = ()) -> None:
+    """Refuse an output file before any work is done for it. Raises OutputError."""
+    if any(_same(target, path) for path in inputs):
+        raise OutputError(f"{target}: the output is the same file as an input. Choose another output path.")
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; give a file name.")
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists and is kept. Choose another path or pass --force to replace it.")
 
 
 def check_disk(target: Path, needed: int) -> None:

@@ -1,0 +1,96 @@
+"""The process in which a `ScoringWorker` scores: loads one artifact in llama.cpp and answers requests about it.
+
+Its argument is an inherited file descriptor for what is too large for an answer: logits, float32 (n_tokens, n_vocab) from the start of
+that file. The first request is {"op": "load", artifact, n_ctx, threads, n_ubatch}; the others are methods of `Scorer`. What it logs
+is quoted by the parent when it dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeq.runtime.child import serve
+from edgeq.runtime.likelihood import Floats, negative_log_likelihood
+from edgeq.runtime.llama import LlamaContext, LlamaModel, library
+from edgeq.runtime.memory import peak_rss_bytes
+
+
+class Scorer:
+    """One artifact, loaded. Generators yield how many tokens of a window are done."""
+
+    def __init__(self, logits_file: int, *, artifact: str, n_ctx: int, threads: int | None, n_ubatch: int) -> None:
+        self._model = LlamaModel.load(Path(artifact))
+        self._context = LlamaContext(self._model, n_ctx=n_ctx, n_batch=n_ubatch, n_ubatch=n_ubatch, threads=threads)
+        self._logits_file = logits_file
+
+    def facts(self) -> dict[str, Any]:
+        model = self._model
+        return {
+            "architecture": model.facts.arch,
+            "n_vocab": model.n_vocab,
+            "n_ctx_train": model.n_ctx_train,
+            "bos": model.bos,
+            "eos": model.eos,
+            "bos_text": None if model.bos is None else model.token_text(model.bos),
+            "eos_text": None if model.eos is None else model.token_text(model.eos),
+            "chat_template": model.chat_template(),
+            "threads": self._context.threads,
+            "library": f"llama-cpp-python {library().__version__}",
+        }
+
+    def peak_rss(self) -> int | None:
+        return peak_rss_bytes()
+
+    def tokenize(self, *, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        return self._model.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def logits(self, *, ids: Sequence[int]) -> Generator[int, None, int]:
+        for start, rows in self._context.iter_logits(ids):
+            _write(self._logits_file, rows, start * rows.shape[1] * rows.itemsize)
+            yield start + len(rows)
+        return len(ids)
+
+    def nll(self, *, ids: Sequence[int]) -> Generator[int, None, list[float]]:
+        """-log p of tokens 1.., each given those before it."""
+        targets = np.asarray(ids[1:], dtype=np.int64)
+        nll = np.empty(len(targets))
+        for start, rows in self._context.iter_logits(ids):
+            wanted = targets[start : start + len(rows)]
+            nll[start : start + len(wanted)] = negative_log_likelihood(rows[: len(wanted)], wanted)
+            yield start + len(rows)
+        return nll.tolist()
+
+
+def _write(file: int, rows: Floats, offset: int) -> None:
+    rest = np.ascontiguousarray(rows).data.cast("B")
+    while rest:
+        written = os.pwrite(file, rest, offset)
+        rest, offset = rest[written:], offset + written
+
+
+def main(logits_file: int) -> None:
+    logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stderr)
+    scorer: Scorer | None = None
+
+    def handle(request: Mapping[str, Any]) -> Any:
+        nonlocal scorer
+        arguments = dict(request)
+        op = arguments.pop("op")
+        if scorer is None:
+            assert op == "load"
+            scorer = Scorer(logits_file, **arguments)
+            return scorer.facts()
+        return getattr(scorer, op)(**arguments)
+
+    serve(handle)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

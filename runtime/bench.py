@@ -1,0 +1,224 @@
+"""Measure artifacts on this device: one definition per figure, the same prompt for all, each artifact in a process of its own.
+
+What is measured (METRICS_VERSION changes with any of this):
+
+load_s              loading the model and making its context, in a fresh process, after import of the libraries. The file has just
+                    been read for its hash, so its pages are in the system's cache as far as they fit.
+prefill_tok_s       prompt_tokens / time of computing the prompt from an empty cache, logits of the last token included.
+ttft_ms             the same time plus choosing the first token.
+itl_ms              time between tokens: one llama_decode of one token plus finding the likeliest next one, after the prompt.
+                    Percentiles (linear interpolation) over all steps of all repeats.
+decode_tok_s        gen_tokens / time of gen_tokens such steps. End-of-generation tokens do not stop it.
+peak_rss_bytes      most memory the process ever had resident (VmHWM), Python and libraries included
+                    (`samples.rss_before_load_bytes` is what those took before the model was loaded).
+model_bytes         all tensors of the artifact.
+kv_bytes            keys and values of the context, prompt_tokens + gen_tokens rounded up to 256 cells, as llama.cpp allocates them.
+vram_bytes          GPU memory of the process by NVML.
+energy_j_per_token  energy of the decode steps / gen_tokens: processor packages (RAPL) on the CPU, the GPU's counter (NVML) on a GPU.
+                    The counters are the device's, not the process's.
+samples             the raw figures, one entry per repeat, in the order they were taken.
+
+Single figures are medians over repeats; what the device does not tell is None. The prompt is a fixed pseudo-random sequence of ids
+below the smallest vocabulary of the artifacts, the same ids for all, so nothing is tokenized. One warm-up comes first: the
+whole prompt and a few steps, thrown away. Repeats go in
+turns, A B A B, so that a slow spell of the machine meets all artifacts; processes that wait use no processor. Use of the machine by
+others is recorded per repeat and `environment.contention.warning` says when it passed 5 % of a core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+
+from edgeq.errors import PlanError, RuntimeFailure, UsageError
+from edgeq.package import Package, resolve_artifact, sha256
+from edgeq.progress import Progress, silent
+from edgeq.runtime.child import Child
+from edgeq.runtime.contention import THRESHOLD
+from edgeq.runtime.device import parse_device
+from edgeq.runtime.environment import describe
+from edgeq.runtime.gguf_facts import GgufFacts, read_facts
+from edgeq.runtime.llama import NO_GPU_BUILD, library
+from edgeq.runtime.memory import kv_bytes
+
+METRICS_VERSION = 1
+RUNTIME = "llama.cpp"
+KV_TYPE = "f16"
+_PROMPT_SEED = 20240229
+_WARM_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """One row; fields and units as in the module docstring. rate: fraction pruned, None for a file that does not say; adapter: its name."""
+
+    artifact: str
+    runtime: str
+    device: str
+    rate: float | None
+    adapter: str | None
+    load_s: float
+    ttft_ms: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    itl_ms: Mapping[str, float]
+    peak_rss_bytes: int | None
+    model_bytes: int
+    kv_bytes: int
+    vram_bytes: int | None
+    energy_j_per_token: float | None
+    samples: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """An artifact to measure."""
+
+    artifact: str
+    path: Path
+    package: Package | None
+    facts: GgufFacts
+    sha256: str
+
+
+def bench(
+    artifacts: Sequence[Path | str],
+    *,
+    prompt_tokens: int = 512,
+    gen_tokens: int = 128,
+    repeat: int = 5,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> list[BenchResult]:
+    """Measure packages or GGUF files side by side; results in the order given.
+
+    threads: default is every core this process may use. device: "cpu", "cuda" or "cuda:N".
+    Raises UsageError for counts below 1 or an unknown device, PlanError when the artifacts do not fit into memory together,
+    SourceError/UnsupportedError/PackageError for a bad artifact, RuntimeFailure when llama.cpp refuses or dies.
+    """
+    for name, value in (("prompt_tokens", prompt_tokens), ("gen_tokens", gen_tokens), ("repeat", repeat)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1")
+    if not artifacts:
+        raise UsageError("nothing to measure; give at least one package or GGUF file")
+    gpu = parse_device(device)
+    if gpu is not None and not library().llama_supports_gpu_offload():
+        raise RuntimeFailure(NO_GPU_BUILD)
+    device = "cpu" if gpu is None else f"cuda:{gpu}"
+    n_ctx = prompt_tokens + gen_tokens
+    entries = [_entry(artifact) for artifact in artifacts]
+    _check_memory(entries, n_ctx)
+    prompt = prompt_ids(min(entry.facts.n_vocab for entry in entries), prompt_tokens)
+    total = len(entries) * (2 + repeat)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("bench", done, total)
+
+    progress("bench", 0, total)
+    with ExitStack() as stack:
+        children = [stack.enter_context(Child("edgeq.runtime._bench_child", entry.artifact)) for entry in entries]
+        loaded = []
+        for entry, child in zip(entries, children, strict=True):
+            request = {"path": str(entry.path), "threads": threads, "device": device, "n_ctx": n_ctx, "kv_type": KV_TYPE}
+            loaded.append(child.ask({"op": "load", **request}))
+            step()
+        for child in children:
+            child.ask({"op": "repeat", "prompt": prompt, "gen_tokens": min(gen_tokens, _WARM_STEPS)})
+            step()
+        samples: list[list[dict[str, Any]]] = [[] for _ in entries]
+        for _ in range(repeat):
+            for child, taken in zip(children, samples, strict=True):
+                taken.append(child.ask({"op": "repeat", "prompt": prompt, "gen_tokens": gen_tokens}))
+                step()
+        ended = [child.ask({"op": "end"}) for child in children]
+    settings = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repeat": repeat, "n_ctx": n_ctx, "kv_type": KV_TYPE}
+    return [
+        _result(entry, device, settings, start, taken, end)
+        for entry, start, taken, end in zip(entries, loaded, samples, ended, strict=True)
+    ]
+
+
+def prompt_ids(n_vocab: int, n_tokens: int) -> list[int]:
+    """The prompt of every measurement: pseudo-random ids, the same for the same vocabulary size; longer ones start with shorter ones."""
+    return np.random.default_rng(_PROMPT_SEED).integers(0, n_vocab, n_tokens).tolist()
+
+
+def _entry(artifact: Path | str) -> _Entry:
+    path, package = resolve_artifact(Path(artifact))
+    return _Entry(artifact=str(artifact), path=path, package=package, facts=read_facts(path), sha256=sha256(path))
+
+
+def _check_memory(entries: Sequence[_Entry], n_ctx: int) -> None:
+    """All artifacts stay loaded for the whole run. A single one may still try its luck: its pages need not all be resident."""
+    needed = sum(entry.facts.tensor_bytes + kv_bytes(entry.facts, n_ctx, KV_TYPE) for entry in entries)
+    available = psutil.virtual_memory().available
+    if len(entries) > 1 and needed > available:
+        raise PlanError(
+            f"{len(entries)} artifacts side by side need about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free. "
+            "Measure fewer at once."
+        )
+
+
+def _result(
+    entry: _Entry,
+    device: str,
+    settings: Mapping[str, Any],
+    loaded: Mapping[str, Any],
+    taken: Sequence[Mapping[str, Any]],
+    ended: Mapping[str, Any],
+) -> BenchResult:
+    prompt_tokens, gen_tokens = settings["prompt_tokens"], settings["gen_tokens"]
+    steps = np.concatenate([sample["itl_ms"] for sample in taken])
+    energies = [sample["energy_j"] for sample in taken if sample["energy_j"] is not None]
+    return BenchResult(
+        artifact=entry.artifact,
+        runtime=RUNTIME,
+        device=device,
+        rate=entry.package.manifest["export"].get("rate") if entry.package is not None else None,
+        adapter=None,
+        load_s=loaded["load_s"],
+        ttft_ms=median(sample["ttft_ms"] for sample in taken),
+        prefill_tok_s=median(prompt_tokens / sample["prefill_s"] for sample in taken),
+        decode_tok_s=median(gen_tokens / sample["decode_s"] for sample in taken),
+        itl_ms={f"p{q}": float(np.percentile(steps, q)) for q in (50, 95, 99)},
+        peak_rss_bytes=ended["peak_rss_bytes"],
+        model_bytes=ended["model_bytes"],
+        kv_bytes=kv_bytes(entry.facts, settings["n_ctx"], KV_TYPE),
+        vram_bytes=ended["vram_bytes"],
+        energy_j_per_token=median(energies) / gen_tokens if energies else None,
+        samples={"rss_before_load_bytes": loaded["rss_before_load_bytes"], "repeats": list(taken)},
+        environment={
+            **describe(artifact_sha256=entry.sha256),
+            "metrics_version": METRICS_VERSION,
+            "model": loaded["description"],
+            "threads": loaded["threads"],
+            **settings,
+            "contention": contention([sample["other_cores"] for sample in taken]),
+        },
+    )
+
+
+def contention(other_cores: Sequence[float | None]) -> dict[str, Any]:
+    """What others used in each repeat, in cores, and a warning when any repeat suffered."""
+    known = [cores for cores in other_cores if cores is not None]
+    worst = max(known, default=None)
+    disturbed = sum(cores > THRESHOLD for cores in known)
+    warning = None
+    if worst is not None and disturbed:
+        warning = f"other processes used up to {worst:.2f} of a core in {disturbed} of {len(other_cores)} repeats; timings may be too slow"
+    return {"other_cores": list(other_cores), "worst": worst, "warning": warning}

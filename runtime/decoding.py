@@ -1,0 +1,29 @@
+"""The timed decode loop: greedy generation with nothing in it but llama.cpp, numpy's argmax, a clock and two array writes.
+
+The batch is built before the clock starts. Everything but llama_decode takes 4 microseconds per token of SmolLM2;
+`benchmarks/decode_loop.py` compares with a loop that only calls llama_decode.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.runtime.llama import LlamaContext
+
+
+def greedy_steps(context: LlamaContext, token: int, n_steps: int) -> npt.NDArray[np.int64]:
+    """Feed `token`, then the likeliest token after each, n_steps in all; end-of-generation tokens are fed like any other.
+
+    Returns clock readings in ns, (n_steps + 1,): the start and the moment each new token is known.
+    Raises UsageError when the steps do not fit the context, RuntimeFailure when llama.cpp fails.
+    """
+    step, clock = context.greedy_stepper(n_steps), time.perf_counter_ns
+    stamps = np.empty(n_steps + 1, dtype=np.int64)
+    stamps[0] = clock()
+    for i in range(1, n_steps + 1):
+        token = step(token)
+        stamps[i] = clock()
+    return stamps

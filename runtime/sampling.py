@@ -1,0 +1,69 @@
+"""Choosing the next token, in llama.cpp's own sampler chain.
+
+Order of the chain as in llama.cpp's tools: top-k, top-p, min-p, temperature, then a draw. Temperature 0 takes the likeliest token.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import weakref
+from dataclasses import dataclass
+
+from edgeq.errors import UsageError
+from edgeq.runtime.llama import LlamaContext, library
+
+_MAX_SEED = 2**32 - 2  # 2**32 - 1 means "draw a seed" to llama.cpp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample. top_k, top_p, min_p: None is off. seed: None draws one."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature}; expected a number of at least 0 (0 takes the likeliest token)")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k is {self.top_k}; expected at least 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"{name} is {value}; expected a number from 0 to 1")
+        if self.seed is not None and not 0 <= self.seed <= _MAX_SEED:
+            raise UsageError(f"seed is {self.seed}; expected 0 to {_MAX_SEED}")
+
+
+class Sampler:
+    """A sampler chain. One per generation: a draw advances its random state."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        c = library()
+        self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        self._free = weakref.finalize(self, c.llama_sampler_free, self._chain)
+        self._sample = c.llama_sampler_sample
+        if sampling.temperature == 0:
+            parts = [c.llama_sampler_init_greedy()]
+        else:
+            seed = secrets.randbelow(_MAX_SEED + 1) if sampling.seed is None else sampling.seed
+            parts = [
+                *([c.llama_sampler_init_top_k(sampling.top_k)] if sampling.top_k is not None else []),
+                *([c.llama_sampler_init_top_p(sampling.top_p, 1)] if sampling.top_p is not None else []),
+                *([c.llama_sampler_init_min_p(sampling.min_p, 1)] if sampling.min_p is not None else []),
+                c.llama_sampler_init_temp(sampling.temperature),
+                c.llama_sampler_init_dist(seed),
+            ]
+        for part in parts:
+            c.llama_sampler_chain_add(self._chain, part)  # the chain owns it from here
+
+    def sample(self, context: LlamaContext) -> int:
+        """The next token, from the logits of the last decode."""
+        return self._sample(self._chain, context.pointer, -1)
+
+    def close(self) -> None:
+        self._free()

@@ -1,0 +1,133 @@
+"""Scoring in a child process: an abort() inside llama.cpp, which no Python can catch, then costs a message and not the export.
+
+    with ScoringWorker(path, n_ctx=512) as worker:
+        ids = worker.tokenize("Hello", add_special=True)
+        logits = worker.logits(ids)
+
+Logits come through a file that child and parent share: memory without a name on Linux, else an unlinked temporary file, so nothing is
+left behind however either process ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.runtime.child import Child, ignore
+
+CHILD = "edgeq.runtime._scoring_child"
+PATIENCE_S = 600.0
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactFacts:
+    """What llama.cpp says about the artifact. bos, eos: their ids, or None; bos_text, eos_text: their spelling, or None.
+
+    library: what ran it ("llama-cpp-python 0.3.36"), on `threads` threads.
+    """
+
+    architecture: str
+    n_vocab: int
+    n_ctx_train: int
+    bos: int | None
+    eos: int | None
+    bos_text: str | None
+    eos_text: str | None
+    chat_template: str | None
+    threads: int
+    library: str
+
+
+class ScoringWorker:
+    """One artifact in llama.cpp, in a process of its own, on the CPU.
+
+    n_ctx: tokens of the longest window. n_ubatch: tokens computed together. threads: default is every core this process may use.
+    patience_s: how long the child may be silent before it counts as hung; it reports after every n_ubatch tokens.
+
+    Raises RuntimeFailure when the child dies or hangs, with llama.cpp's last words, after which the worker is closed; and what
+    loading raises (SourceError, UnsupportedError, MissingDependency). Not for use by two threads at once.
+    """
+
+    def __init__(
+        self, artifact: Path, *, n_ctx: int, threads: int | None = None, n_ubatch: int = 512, patience_s: float = PATIENCE_S
+    ) -> None:
+        self.artifact = Path(artifact)
+        self._logits_file = _anonymous_file()
+        try:
+            file = self._logits_file.fileno()
+            self._child = Child(CHILD, str(self.artifact), arguments=[str(file)], inherit=[file], patience_s=patience_s)
+        except BaseException:
+            self._logits_file.close()
+            raise
+        request = {"op": "load", "artifact": str(self.artifact), "n_ctx": n_ctx, "threads": threads, "n_ubatch": n_ubatch}
+        try:
+            self.facts = ArtifactFacts(**self._child.ask(request, doing="loading it"))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ScoringWorker:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child and free what it shared; closing twice is fine."""
+        self._child.close()
+        self._logits_file.close()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def peak_rss_bytes(self) -> int | None:
+        """The most memory the child had resident so far."""
+        return self._child.ask({"op": "peak_rss"})
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        request = {"op": "tokenize", "text": text, "add_special": add_special, "parse_special": parse_special}
+        return self._child.ask(request, doing=f"tokenizing {len(text):,} characters")
+
+    def logits(self, ids: Sequence[int], *, on_tokens: Callable[[int], None] = ignore) -> Floats:
+        """Logits at every position of a text on its own, (n_tokens, n_vocab).
+
+        A read-only view of shared memory that the next call overwrites. on_tokens is told how many tokens are done.
+        """
+        n_tokens = self._child.ask({"op": "logits", "ids": _plain(ids)}, doing=_scoring(ids), on_progress=on_tokens)
+        shape = (n_tokens, self.facts.n_vocab)
+        if not n_tokens:
+            return np.empty(shape, dtype=np.float32)
+        shared = mmap.mmap(self._logits_file.fileno(), 4 * shape[0] * shape[1], access=mmap.ACCESS_READ)
+        return np.frombuffer(shared, dtype=np.float32).reshape(shape)
+
+    def nll(self, ids: Sequence[int], *, on_tokens: Callable[[int], None] = ignore) -> Doubles:
+        """-log p of tokens 1.. of a text on its own, each given those before it, (n_tokens - 1,) in nats. No logits are moved."""
+        nll = self._child.ask({"op": "nll", "ids": _plain(ids)}, doing=_scoring(ids), on_progress=on_tokens)
+        return np.asarray(nll, dtype=np.float64)
+
+
+def _anonymous_file() -> IO[bytes]:
+    """A file without a name, which lasts as long as someone holds it."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("edgeq-logits"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _scoring(ids: Sequence[int]) -> str:
+    return f"scoring {len(ids)} tokens"
+
+
+def _plain(ids: Sequence[int]) -> list[int]:
+    return np.asarray(ids, dtype=np.int64).tolist()
