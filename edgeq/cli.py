@@ -1,0 +1,358 @@
+"""The command line: parse, call one function, show the result. The only module that knows all parts.
+
+Results go to stdout (text or, with --json, one JSON document); progress and notices go to stderr. Exit status: 0 done, 1 failed or
+gate not passed, 2 usage, 130 interrupted. Heavy libraries load inside the commands, so that `edgeq --help` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+
+import click
+
+from edgeq import __version__
+from edgeq.errors import EdgeqError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PATH = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 512), help="CPU threads. Default: the physical cores this process may use."
+)
+
+
+def main() -> NoReturn:
+    """Entry point: turns errors and interrupts into one line and an exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        status = cli.main(standalone_mode=False)  # click hands back the status of --help and ctx.exit, and None from commands
+    except click.exceptions.Abort:
+        click.echo("interrupted; nothing was left half-written", err=True)
+        sys.exit(130)
+    except click.ClickException as err:
+        err.show()
+        sys.exit(err.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except EdgeqError as err:
+        click.echo(f"error: {err}", err=True)
+        sys.exit(err.exit_code)
+    sys.exit(status or 0)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise click.exceptions.Abort
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _no_plan(plan: object) -> None:
+    """JSON output carries the plan itself."""
+
+
+def _with_progress(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a command under a progress display on stderr, handed to it as `progress`; silent when stderr is no terminal."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from edgeq.display import progress_display
+
+        with progress_display() as progress:
+            kwargs["progress"] = progress
+            return function(*args, **kwargs)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edgeq")
+def cli() -> None:
+    """Fit a fine-tuned language model onto the device you own.
+
+    MODEL is a folder in Hugging Face layout, a .gguf file, a hub id org/name[@revision], or `demo`
+    (SmolLM2-135M-Instruct). A package is the folder that `edgeq export` writes.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", type=_PATH, help="Package folder to write. Required unless --dry-run.")
+@click.option("--profile", required=True, metavar="NAME", help="Device to export for: a name from `edgeq profiles list`, or a .toml file.")
+@click.option(
+    "--quant",
+    default="auto",
+    show_default=True,
+    metavar="TYPE",
+    help="Number format, e.g. Q4_0, Q4_K_M, F16; auto lets the profile choose.",
+)
+@click.option("--sort", type=click.Choice(["none"]), default="none", show_default=True, help="Order of the structured dimensions.")
+@click.option("--fixed", is_flag=True, default=True, help="Write a package of one size (the only kind so far).")
+@click.option("--calibration", type=_FILE, help="UTF-8 text that stands for the model's use. Default: a mixed text that comes with edgeq.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(min=1), help="Context to plan memory for. Default: the profile's.")
+@click.option("--dry-run", is_flag=True, help="Print the plan with predicted bytes and memory; write nothing.")
+@click.option("--no-verify", is_flag=True, help="Skip the gate; the package is marked unverified.")
+@click.option("--force", is_flag=True, help="Replace an existing output folder.")
+@threads_option
+@json_option
+@_with_progress
+def export(
+    model: str,
+    output: Path | None,
+    profile: str,
+    quant: str,
+    sort: Literal["none"],
+    fixed: bool,
+    calibration: Path | None,
+    n_ctx: int | None,
+    dry_run: bool,
+    no_verify: bool,
+    force: bool,
+    threads: int | None,
+    as_json: bool,
+    progress: Any,
+) -> None:
+    """Turn MODEL into a package for a device, and prove it.
+
+    Plans number formats from the profile, calibrates, quantizes, writes a GGUF file for stock llama.cpp, then compares the file's
+    outputs with the source model's. A failed gate marks the package as failed and exits 1.
+    """
+    from edgeq import api, display
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output' (only --dry-run goes without).")
+    result = api.export(
+        model,
+        output=output,
+        profile=profile,
+        quant=quant,
+        sort=sort,
+        elastic=not fixed,
+        calibration=calibration,
+        n_ctx=n_ctx,
+        dry_run=dry_run,
+        verify=not no_verify,
+        force=force,
+        threads=threads,
+        progress=progress,
+        on_plan=_no_plan if as_json or dry_run else display.show_plan,
+    )
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        display.show_export(result)
+    if result.gate is not None and not result.gate.passed:
+        click.echo(f"error: {output} did not pass its gate and is marked failed: {'; '.join(result.gate.failures)}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("package", type=_PATH)
+@threads_option
+@json_option
+@_with_progress
+def verify(package: Path, threads: int | None, as_json: bool, progress: Any) -> None:
+    """Check a package on this machine: hashes, then its outputs against the stored reference."""
+    from edgeq import api, display
+
+    result = api.verify(package, threads=threads, progress=progress)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        display.show_verification(result)
+    if not result.passed:
+        click.echo(f"error: {package} failed verification: {'; '.join(result.failures)}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+@cli.command(name="eval")
+@click.argument("artifact", type=_PATH)
+@click.option("--text", type=_FILE, required=True, help="UTF-8 text to score.")
+@click.option("--ctx", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window; windows do not overlap.")
+@click.option("--chunks", type=click.IntRange(min=1), help="Score the first N windows only.")
+@threads_option
+@json_option
+@_with_progress
+def evaluate(artifact: Path, text: Path, ctx: int, chunks: int | None, threads: int | None, as_json: bool, progress: Any) -> None:
+    """Perplexity of a package or GGUF file on a text."""
+    from edgeq import api, display
+
+    result = api.evaluate(artifact, text, ctx=ctx, chunks=chunks, threads=threads, progress=progress)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        display.show_evaluation(artifact, result)
+
+
+@cli.command()
+@click.argument("artifacts", type=_PATH, nargs=-1, required=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--gen-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("-o", "--output", type=_PATH, help="Also write the results to this JSON file.")
+@click.option("--force", is_flag=True, help="Replace an existing results file.")
+@threads_option
+@json_option
+@_with_progress
+def bench(
+    artifacts: tuple[Path, ...],
+    prompt_tokens: int,
+    gen_tokens: int,
+    repeat: int,
+    device: str,
+    output: Path | None,
+    force: bool,
+    threads: int | None,
+    as_json: bool,
+    progress: Any,
+) -> None:
+    """Measure packages or GGUF files: load, first token, prefill, decode, latency percentiles, memory.
+
+    Several artifacts are measured in turns within one run, each in its own process, with the same prompt.
+    """
+    from edgeq import api, display
+
+    results = api.bench(
+        artifacts,
+        prompt_tokens=prompt_tokens,
+        gen_tokens=gen_tokens,
+        repeat=repeat,
+        device=device,
+        threads=threads,
+        output=output,
+        force=force,
+        progress=progress,
+    )
+    if as_json:
+        _print_json([result.to_json() for result in results])
+    else:
+        display.show_bench(results)
+
+
+@cli.command()
+@click.argument("package", type=_PATH)
+@click.option("-p", "--prompt", required=True, help="Text to continue.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--chat", is_flag=True, help="Send the prompt as a user message through the model's chat template.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the k likeliest tokens.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), help="Sample from the likeliest tokens that together hold this probability.")
+@click.option("--min-p", type=click.FloatRange(min=0, max=1), help="Drop tokens below this fraction of the likeliest one's probability.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--ctx", "n_ctx", type=click.IntRange(min=2), help="Context length. Default: the package's profile, or the model's own up to 4096."
+)
+@threads_option
+@json_option
+def run(
+    package: Path,
+    prompt: str,
+    max_tokens: int,
+    chat: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int,
+    n_ctx: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Generate text with a package or GGUF file."""
+    from edgeq import api, display
+
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    with api.load(package, n_ctx=n_ctx, threads=threads) as session:
+        text = session.chat_prompt(prompt) if chat else prompt
+        if as_json:
+            _print_json(session.generate(text, max_tokens=max_tokens, **sampling).to_json())
+            return
+        if not chat:
+            click.echo(prompt, nl=False)
+        stream = session.stream(text, max_tokens=max_tokens, **sampling)
+        for piece in stream:
+            click.echo(piece, nl=False)
+        click.echo()
+        if stream.completion is not None:
+            display.show_timings(stream.completion.timings)
+
+
+@cli.command()
+@click.argument("path")
+@json_option
+def inspect(path: str, as_json: bool) -> None:
+    """Describe a package, GGUF file or model: sizes, formats, tokenizer, plan, gate."""
+    from edgeq import api, display
+
+    description = api.inspect(path)
+    if as_json:
+        _print_json(description)
+    else:
+        display.show_description(description)
+
+
+@cli.group()
+def profiles() -> None:
+    """Device profiles: what a device is and what it prefers."""
+
+
+@profiles.command(name="list")
+@json_option
+def list_profiles(as_json: bool) -> None:
+    """Name the profiles that come with edgeq."""
+    from edgeq import display
+    from edgeq.profiles import load_profile, profile_names
+
+    rows = [load_profile(name) for name in profile_names()]
+    if as_json:
+        _print_json([row.to_json() for row in rows])
+    else:
+        display.show_profiles(rows)
+
+
+@profiles.command()
+@click.argument("name")
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Print one profile: a shipped name or a .toml file."""
+    from edgeq import display
+    from edgeq.profiles import load_profile
+
+    profile = load_profile(name)
+    if as_json:
+        _print_json(profile.to_json())
+    else:
+        display.show_profile(profile)
+
+
+@profiles.command()
+@json_option
+def detect(as_json: bool) -> None:
+    """Describe this machine and name the nearest profile."""
+    from edgeq import display
+    from edgeq.detect import detect as detect_machine_and_profile
+
+    detection = detect_machine_and_profile()
+    if as_json:
+        _print_json(detection.to_json())
+    else:
+        display.show_detection(detection)
+
+
+if __name__ == "__main__":
+    main()

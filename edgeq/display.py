@@ -1,0 +1,223 @@
+"""What the command line shows a person: tables on stdout, progress on stderr. Reads results, decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edgeq.progress import Progress as ProgressCallback
+from edgeq.progress import silent
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgeq.api import ExportResult, Verification
+    from edgeq.detect import Detection
+    from edgeq.gate import GateResult
+    from edgeq.planning import Plan
+    from edgeq.profiles import DeviceProfile
+    from edgeq.runtime.bench import BenchResult
+    from edgeq.runtime.quality import Evaluation
+    from edgeq.runtime.session import Timings
+
+_STEPS = {
+    "hash": "Hashing inputs",
+    "calibrate": "Calibrating",
+    "write": "Quantizing and writing",
+    "gate reference": "Computing reference",
+    "gate": "Comparing with reference",
+    "verify": "Checking files",
+    "eval": "Scoring",
+    "bench": "Measuring",
+    "download": "Downloading",
+}
+
+
+@contextmanager
+def progress_display() -> Iterator[ProgressCallback]:
+    """One bar per step with the time left, on stderr; nothing at all when stderr is not a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield silent
+        return
+    columns = (TextColumn("{task.description:<26}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: str, done: float, total: float) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(_STEPS.get(step, step), total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield show
+
+
+def _out() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 120  # a pipe has no width of its own; the same text for everyone
+    return console
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes for people, in powers of ten as disks and downloads are sold."""
+    if n_bytes is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}" if unit == "GB" else f"{n_bytes / scale:.1f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def show_plan(plan: Plan) -> None:
+    out = _out()
+    columns = ("tensors", "from", "to", "count", "bytes", "share")
+    table = _table(*columns, right=columns[3:])
+    for row in plan.summary():
+        table.add_row(row.role, row.source_grid, row.grid, str(row.count), size(row.nbytes), f"{row.share:.1%}")
+    out.print(f"[bold]Plan: {plan.quant} for {plan.profile}[/], {plan.bits_per_weight:.2f} bits per weight")
+    out.print(table)
+    memory = plan.memory
+    out.print(
+        f"File {size(plan.file_bytes)}. Memory at {memory.n_ctx} tokens of context: {size(memory.total_bytes)} "
+        f"(weights {size(memory.model_bytes)}, {memory.kv_type} cache {size(memory.kv_bytes)}, compute {size(memory.compute_bytes)}, "
+        f"process {size(memory.runtime_bytes)}) of {size(plan.budget_bytes)}."
+    )
+    for note in plan.notes:
+        out.print(f"Note: {note}")
+
+
+def show_export(result: ExportResult) -> None:
+    out = _out()
+    if result.package is None:
+        show_plan(result.plan)
+        out.print("Dry run: nothing was written.")
+        return
+    for artifact in result.artifacts:
+        out.print(f"Wrote {result.package}/{artifact.path}  {size(artifact.bytes)}  sha256 {artifact.sha256[:16]}")
+    if result.gate is None:
+        out.print("Gate: not run (--no-verify); the package is marked unverified.")
+    else:
+        show_gate(result.gate)
+    out.print(f"Took {result.seconds:.1f} s, peak memory {size(result.peak_rss_bytes)}.")
+
+
+def show_gate(gate: GateResult) -> None:
+    out = _out()
+    verdict = "[bold green]passed[/]" if gate.passed else "[bold red]failed[/]"
+    out.print(f"Gate: {verdict} in {gate.runtime}, {gate.tokens} tokens")
+    table = _table("", "measured", "limit", right=("measured", "limit"))
+    for name, measured, limit in gate.rows():
+        table.add_row(name, measured, limit)
+    out.print(table)
+    for failure in gate.failures:
+        out.print(f"  {failure}", markup=False)
+
+
+def show_verification(result: Verification) -> None:
+    out = _out()
+    out.print(f"Files: {result.files} match their hashes. Exported as: {result.status}.")
+    if result.gate is not None:
+        show_gate(result.gate)
+    elif result.passed:
+        out.print("The package carries no fingerprint of a reference (exported with --no-verify): only hashes were checked.")
+
+
+def show_evaluation(artifact: Path, result: Evaluation) -> None:
+    _out().print(
+        f"{artifact}: perplexity {result.perplexity:.4f} (nll {result.nll_mean:.5f}) over {result.tokens:,} tokens, "
+        f"{result.chunks} windows of {result.ctx}",
+        markup=False,
+    )
+
+
+def show_bench(results: Sequence[BenchResult]) -> None:
+    out = _out()
+    columns = ("artifact", "load s", "TTFT ms", "prefill tok/s", "decode tok/s", "ITL p50 ms", "p95", "p99", "peak RSS", "model", "KV")
+    table = _table(*columns, right=columns[1:])
+    for row in results:
+        table.add_row(
+            row.artifact,
+            _number(row.load_s, 2),
+            _number(row.ttft_ms),
+            _number(row.prefill_tok_s),
+            _number(row.decode_tok_s),
+            *(_number(row.itl_ms[p], 2) for p in ("p50", "p95", "p99")),
+            size(row.peak_rss_bytes),
+            size(row.model_bytes),
+            size(row.kv_bytes),
+        )
+    out.print(table)
+    first = results[0].environment
+    out.print(
+        f"{first['prompt_tokens']} prompt tokens, {first['gen_tokens']} generated, medians of {first['repeat']} repeats, "
+        f"{results[0].runtime} on {results[0].device}, {first['threads']} threads."
+    )
+    for row in results:
+        warning = row.environment["contention"]["warning"]
+        if warning:
+            out.print(f"Warning: {row.artifact}: {warning}", style="yellow", markup=False)
+
+
+def show_timings(timings: Timings) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"{timings.prompt_tokens} prompt tokens, first token after {timings.ttft_s * 1000:.0f} ms, "
+        f"{timings.new_tokens} tokens at {_number(timings.decode_tok_s)} tok/s",
+        style="dim",
+    )
+
+
+def show_description(description: Mapping[str, Any]) -> None:
+    out = _out()
+    for section, content in description.items():
+        if isinstance(content, Mapping):
+            out.print(f"[bold]{section}[/]")
+            for key, value in content.items():
+                out.print(f"  {key}: {_short(value)}", markup=False)
+        elif isinstance(content, list) and content and isinstance(content[0], Mapping):
+            out.print(f"[bold]{section}[/]")
+            table = _table(*content[0])
+            for row in content:
+                table.add_row(*(_short(value) for value in row.values()))
+            out.print(table)
+        else:
+            out.print(f"[bold]{section}[/]: {_short(content)}")
+
+
+def _short(value: Any, limit: int = 100) -> str:
+    text = str(value).replace("\n", "\\n")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def show_profiles(profiles: Sequence[DeviceProfile]) -> None:
+    table = _table("name", "runs on", "memory", "budget", "formats", "context", right=("memory", "budget", "context"))
+    for p in profiles:
+        memory, budget = (size(mib * 2**20) for mib in (p.model_memory_mib, p.memory.budget_mib))
+        table.add_row(p.name, p.runtime.device, memory, budget, ", ".join(p.export.grids), str(p.export.n_ctx))
+    _out().print(table)
+
+
+def show_profile(profile: DeviceProfile) -> None:
+    show_description({key: value for key, value in profile.to_json().items() if value is not None})
+
+
+def show_detection(detection: Detection) -> None:
+    out = _out()
+    show_description({"machine": detection.machine.to_json()})
+    out.print(f"Nearest profile: [bold]{detection.profile}[/] ({'; '.join(detection.reasons)})")
