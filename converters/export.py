@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ WINDOW = 512  # tokens per calibration window
 MIN_WINDOW = 16  # for texts so short that four windows of 512 do not come out of them
 WINDOWS = 16  # windows behind the importance matrix
 HELD_BACK = 1  # windows of the calibration text that only the gate sees
+MOST_LOST = 0.5  # of a tensor's squared values; Q2_K loses about 0.1 of Gaussian ones
 SIDE_BYTES = 2 << 20  # room for manifest and side files in the disk check
 
 
@@ -115,7 +116,10 @@ def export_package(
         artifact = stage / artifact_name(model.name, plan.quant)
         grids = {tensor.name: tensor.grid for tensor in plan.tensors}
         written = write_model(artifact, lowered, grids, used, threads=threads, measure=True, progress=progress)
-        verdict, side_paths = (None, ()) if gate is None else gate(artifact, Source(model=model, plan=plan, held_back=held_back), progress)
+        verdict, side_paths = None, ()
+        if gate is not None:
+            verdict, side_paths = gate(artifact, Source(model=model, plan=plan, held_back=held_back), progress)
+            verdict = replace(verdict, failures=(*verdict.failures, *rounding_faults(written)))
         record = ArtifactRecord(path=artifact.name, format="gguf", bytes=written.nbytes, sha256=written.sha256)
         manifest = {
             "status": "unverified" if verdict is None else "passed" if verdict.passed else "failed",
@@ -227,6 +231,15 @@ def regrid_summary(written: Written) -> dict[str, Any]:
         if error is not None:
             by_role[tensor.role] = by_role[tensor.role] + error if tensor.role in by_role else error
     return {role: {"relative": e.relative, "weighted_relative": e.weighted_relative} for role, e in by_role.items()}
+
+
+def rounding_faults(written: Written) -> list[str]:
+    """Tensors of which rounding kept next to nothing, as sentences: in a coarse format one lost tensor may hide in the logits."""
+    return [
+        f"{t.name}: rounding to {t.grid.name} lost {error.relative:.0%} of it (squared error relative to its values)"
+        for t in written.tensors
+        if (error := written.errors.get(t.name)) is not None and error.relative > MOST_LOST
+    ]
 
 
 def versions() -> dict[str, str]:

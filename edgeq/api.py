@@ -133,9 +133,9 @@ def _gate(threads: int | None) -> Gate:
         thresholds = thresholds_for(encoded, copied=[tensor.grid for tensor in matrices if tensor.action == "copy"])
         own = None
         if any(not grid.is_float for grid in encoded):
-            written = read_gguf_model(artifact)
+            rounded = Reference(model.spec, read_gguf_model(artifact).tensors)  # the source's spec: the file's may be what is wrong
             passages = passage_windows(model.tokenizer, n_ctx=n_ctx)
-            own_scores = TorchScores(Reference(written.spec, written.tensors), passages, n_ctx=scores.n_ctx, progress=progress)
+            own_scores = TorchScores(rounded, passages, n_ctx=scores.n_ctx, progress=progress)
             own = (own_scores, thresholds_for((), copied=[tensor.grid for tensor in matrices]))
         verdict = run_gate(artifact, scores, tokenizer=model.tokenizer, thresholds=thresholds, own=own, threads=threads, progress=progress)
         fingerprint = artifact.parent / FINGERPRINT

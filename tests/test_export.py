@@ -107,6 +107,18 @@ def test_a_failed_gate_marks_the_package(llama, tmp_path, monkeypatch):
     assert "its gate failed when it was exported" in verification.failures
 
 
+def test_a_tensor_lost_in_rounding_fails_the_gate_even_where_logits_hide_it(tmp_path):
+    """Values far below what a half-precision block scale can hold become zeros; so small a projection hardly moves the logits."""
+    model = hf_folder(tmp_path / "model", "llama")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e-9
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = edgeq.export(model, profile=PROFILE, output=tmp_path / "out", quant="Q8_0")
+    assert result.gate.kl_mean < result.gate.thresholds.kl_mean
+    assert result.gate.failures == ("blk.1.ffn_down.weight: rounding to Q8_0 lost 100% of it (squared error relative to its values)",)
+    assert read_package(tmp_path / "out").status == "failed"
+
+
 def test_verify_finds_a_changed_artifact(package, tmp_path):
     import shutil
 

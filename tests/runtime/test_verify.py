@@ -320,6 +320,7 @@ def test_torch_scores(source: Source) -> None:
     np.testing.assert_allclose(logits, reference.logits(hidden).numpy(), rtol=1e-4, atol=1e-5)
     double = TorchScores(Reference(model.spec, model.tensors, dtype=torch.float64), [[1, 2, 3]])
     assert double.n_ctx == 256
+    assert TorchScores(reference, [[1, 2, 3]], n_ctx=1024).n_ctx == 1024
     np.testing.assert_allclose(double.logits(0), logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="no windows to score: give at least one"):
         TorchScores(reference, [])
