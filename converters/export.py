@@ -116,7 +116,8 @@ def export_package(
         artifact = stage / artifact_name(model.name, plan.quant)
         grids = {tensor.name: tensor.grid for tensor in plan.tensors}
         written = write_model(artifact, lowered, grids, used, threads=threads, measure=True, progress=progress)
-        verdict, side_paths = None, ()
+        verdict: GateResult | None = None
+        side_paths: Sequence[Path] = ()
         if gate is not None:
             verdict, side_paths = gate(artifact, Source(model=model, plan=plan, held_back=held_back), progress)
             verdict = replace(verdict, failures=(*verdict.failures, *rounding_faults(written)))

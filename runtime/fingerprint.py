@@ -73,7 +73,7 @@ class Fingerprint:
         }
         case_ids, case_lengths = _joined(case.ids for case in self.cases)
         window_ids, window_lengths = _joined(self.windows)
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "facts": np.frombuffer(json.dumps(facts, ensure_ascii=False).encode(), dtype=np.uint8),
             "case_ids": case_ids,
             "case_lengths": case_lengths,
