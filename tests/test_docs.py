@@ -71,15 +71,13 @@ def test_every_link_in_the_docs_leads_somewhere():
 
 
 def test_the_table_of_gate_limits_is_that_of_the_code():
-    from edgeq.gate import BF16_LIMIT, LIMITS
+    from edgeq.gate import BF16_LIMIT, LIMITS, UNCHANGED_LIMIT
 
+    limits = {f"at least {limit.bits:g}": limit for limit in LIMITS[:-1]}
+    limits |= {f"below {LIMITS[-2].bits:g}": LIMITS[-1], "BF16": BF16_LIMIT, "unchanged": UNCHANGED_LIMIT}
     text = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == [
-        "at least 16",
-        "BF16",
-        *(f"at least {limit.bits:g}" for limit in LIMITS[1:-1]),
-        f"below {LIMITS[-2].bits:g}",
-    ]
-    for row, limit in zip(rows, (LIMITS[0], BF16_LIMIT, *LIMITS[1:]), strict=True):
+    assert {row[0] for row in rows} == limits.keys()
+    for row in rows:
+        limit = limits[row[0]]
         assert row[2:5] == [f"{limit.kl_mean:g}", f"{limit.kl_p99:g}", f"{100 * limit.top1_agreement:g} %"]
