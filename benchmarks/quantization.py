@@ -26,12 +26,14 @@ from edgeq.converters.sources.resolve import open_model
 from edgeq.package import read_package
 from edgeq.reference import Reference
 from edgeq.reference_scores import TorchScores
+from edgeq.runtime.llama import library
 from edgeq.runtime.quality import Agreement, compare
 from edgeq.runtime.worker import ScoringWorker
 
 
 def llama_quantize(source: Path, target: Path, name: str) -> None:
     """llama-quantize's file type of that name, without an importance matrix."""
+    library()  # keeps llama.cpp's log from the screen
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = quant(name).file_type
     params.allow_requantize = True

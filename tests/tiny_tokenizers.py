@@ -237,10 +237,9 @@ class LlamaVocab:
     """llama.cpp's own tokenizer, in this process, from a GGUF file loaded with vocab_only."""
 
     def __init__(self, path: Path) -> None:
-        import llama_cpp
+        from edgeq.runtime.llama import library
 
-        self.lib = llama_cpp
-        llama_cpp.llama_log_set(_quiet(), ctypes.c_void_p(0))
+        self.lib = llama_cpp = library()  # its log stays where edgeq put it: there is one for the whole process
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -264,18 +263,6 @@ class LlamaVocab:
 
     def close(self) -> None:
         self.lib.llama_model_free(self.model)
-
-
-_QUIET: list[Any] = []
-
-
-def _quiet() -> Any:
-    """A log callback that says nothing; llama.cpp keeps the pointer, so it has to live on."""
-    if not _QUIET:
-        import llama_cpp
-
-        _QUIET.append(llama_cpp.llama_log_callback(lambda *_: None))
-    return _QUIET[0]
 
 
 @dataclass(frozen=True)
