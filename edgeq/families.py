@@ -65,6 +65,7 @@ class Family:
     """Facts of one family.
 
     hf_architectures / hf_model_types: `architectures[0]` and `model_type` in config.json. gguf_arch: `general.architecture`.
+    gguf_layered: the architecture that computes the same with sizes of its own in every layer, if llama.cpp has one.
     norm_offset: added to stored Hugging Face norm weights to get the multiplier (Gemma stores w - 1; GGUF stores the multiplier).
     qkv_bias / o_bias / mlp_bias: "yes", "no", or the name of the config key that decides.
     gguf_rope: order of q and k rows in GGUF: "neox" = rotate half as ours, "norm" = interleaved pairs.
@@ -77,6 +78,7 @@ class Family:
     hf_architectures: tuple[str, ...]
     hf_model_types: tuple[str, ...]
     gguf_arch: str
+    gguf_layered: str | None = None
     activation: Activation = "silu"
     norm_offset: float = 0.0
     qk_norm: bool = False
@@ -114,6 +116,7 @@ FAMILIES = (
         hf_architectures=("LlamaForCausalLM", "MistralForCausalLM"),
         hf_model_types=("llama", "mistral"),
         gguf_arch="llama",
+        gguf_layered="deci",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -125,6 +128,7 @@ FAMILIES = (
         hf_architectures=("Qwen2ForCausalLM",),
         hf_model_types=("qwen2",),
         gguf_arch="qwen2",
+        gguf_layered="deci",
         qkv_bias="yes",
         square_attention=True,
     ),
@@ -144,6 +148,7 @@ FAMILIES = (
         hf_architectures=("Phi3ForCausalLM",),
         hf_model_types=("phi3",),
         gguf_arch="phi3",
+        gguf_layered="deci",
         fused_qkv=True,
         fused_gate_up=True,
         square_attention=True,
@@ -199,7 +204,9 @@ def family_of_hf(architecture: str) -> Family:
 
 
 def family_of_gguf(arch: str) -> Family:
+    """The family whose tensors and row order a GGUF file of this architecture has. For a layered one, the first that is lowered to it."""
     for row in FAMILIES:
-        if row.gguf_arch == arch:
+        if arch in (row.gguf_arch, row.gguf_layered):
             return row
-    raise UnsupportedError(f"GGUF architecture {arch!r} is not supported; supported: {', '.join(r.gguf_arch for r in FAMILIES)}")
+    known = dict.fromkeys(a for r in FAMILIES for a in (r.gguf_arch, r.gguf_layered) if a is not None)
+    raise UnsupportedError(f"GGUF architecture {arch!r} is not supported; supported: {', '.join(known)}")

@@ -21,7 +21,8 @@ ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 PARTIAL_ROTARY = frozenset({"phi3", "gemma3"})  # graphs that rotate the first n_rot dimensions of a head; the others want all
 WINDOWED = frozenset({"gemma3"})  # loaders that keep a smaller cache for layers with a sliding window; phi3 ignores its window
 DEFAULT_WINDOW_PATTERN = 6  # gemma3: every sixth layer looks back without limit
-ARCHITECTURES = frozenset({family.gguf_arch for family in FAMILIES} | {"deci"})  # deci: Llama with sizes per layer
+LAYERED = frozenset({"deci"})  # sizes per layer
+ARCHITECTURES = frozenset({family.gguf_arch for family in FAMILIES} | LAYERED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,8 @@ def _facts(header: Header, tensor_bytes: int) -> GgufFacts:
         tensor_bytes=tensor_bytes,
     )
     _check_heads(reader, facts)
+    if arch in LAYERED and reader.per_layer("feed_forward_length", n_layers)[-1] == 0:
+        raise reader.fault("feed_forward_length", 0, "the last layer must have neurons, or llama.cpp returns logits of other tokens")
     _check_experts(reader)
     scaling = reader.value("rope.scaling.type", "linear")
     if scaling not in ROPE_SCALING_TYPES:

@@ -3,28 +3,31 @@
 A model that breaks one of these rules does not load, kills the process with an assertion, or, worst, runs and computes something else.
 So it is refused here, before anything is written, with the value and the remedy. The rules themselves stand as rows beside the GGUF
 reader (`sources.gguf_spec`), because what we write must be what the stock runtime computes just as what we read.
-Sizes that differ from layer to layer fit none of these architectures.
+
+Most architectures have one size for all layers. A model whose layers differ, or that is to be cut later, goes to its family's layered
+architecture (`Family.gguf_layered`), where there is one: llama.cpp's deci computes what llama does, with n_ff, heads and kv heads of each
+layer. It has the llama row's tensors and row order, whichever family is lowered to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgeq.converters.sources.gguf_spec import MAX_LAYERS, RULES, LoaderRules
 from edgeq.errors import PlanError, UnsupportedError
-from edgeq.families import Family, family
+from edgeq.families import Family, family, family_of_gguf
 from edgeq.rope import RopeKind
 from edgeq.spec import Attention, Mlp, ModelSpec
 
 
 @dataclass(frozen=True)
 class Arch:
-    """One value of `general.architecture` and what the loader does with it."""
+    """One value of `general.architecture` and what the loader does with it. layout: the family whose tensors and row order it has."""
 
     name: str
     rules: LoaderRules
+    layout: Family
 
     @property
     def title(self) -> str:
@@ -48,46 +51,65 @@ class Arch:
         return 1 / math.sqrt(attention.head_dim)
 
 
-def arch_for(spec: ModelSpec) -> Arch:
+def arch_for(spec: ModelSpec, *, elastic: bool = False) -> Arch:
     """The architecture that a model is lowered to: that of its family, once the model is known to fit.
 
+    elastic: the file will be cut later, so layers must be free to differ where the family has an architecture for that.
     Raises PlanError or UnsupportedError naming the value that does not fit.
     """
     row = family(spec.family)
-    arch = Arch(row.gguf_arch, RULES[row.name])
+    layered = row.gguf_layered is not None and (elastic or not is_uniform(spec))
+    name = row.gguf_layered if layered and row.gguf_layered else row.gguf_arch
+    arch = Arch(name, RULES[name], family_of_gguf(name) if layered else row)
     for check in _CHECKS:
         check(spec, row, arch)
     return arch
+
+
+def is_uniform(spec: ModelSpec) -> bool:
+    """Whether every layer has an attention and an MLP, in this order, of the same sizes."""
+    kinds = {tuple(type(b) for b in blocks) for _, blocks in spec.layers()}
+    sizes = {(b.n_heads, b.n_kv_heads, b.head_dim) for b in spec.attention}
+    return kinds == {(Attention, Mlp)} and len(sizes) == 1 and len({b.n_ff for b in spec.mlps}) == 1
 
 
 def _check_layers(spec: ModelSpec, row: Family, arch: Arch) -> None:
     if spec.n_layers > MAX_LAYERS:
         raise PlanError(f"{spec.n_layers} layers: llama.cpp stops at {MAX_LAYERS}. Drop layers.")
     for layer, blocks in spec.layers():
-        if [type(b) for b in blocks] != [Attention, Mlp]:
-            kinds = " and ".join(type(b).__name__ for b in blocks) or "nothing"
-            raise PlanError(f"layer {layer} has {kinds}: {arch.title} wants one Attention and one Mlp, in this order.")
+        found = [type(b) for b in blocks]
+        if found == [Attention, Mlp] or (arch.rules.layered and layer > 0 and found in ([Mlp], [])):
+            continue
+        kinds = " and ".join(kind.__name__ for kind in found) or "nothing"
+        if arch.rules.layered and found == [Attention]:
+            raise PlanError(
+                f"layer {layer} has an Attention alone, whose result {arch.title} drops. Keep a block of the layer's neurons, or remove "
+                "the whole layer."
+            )
+        if arch.rules.layered and found in ([Mlp], []):
+            raise PlanError(f"layer 0 has {kinds}: {arch.title} reads the head size there. Keep at least one kv head of layer 0.")
+        raise PlanError(f"layer {layer} has {kinds}: {arch.title} wants one Attention and one Mlp, in this order.")
 
 
 def _check_uniform(spec: ModelSpec, row: Family, arch: Arch) -> None:
-    sizes: dict[str, Callable[[int], int]] = {
-        "n_heads": lambda i: spec.attention[i].n_heads,
-        "n_kv_heads": lambda i: spec.attention[i].n_kv_heads,
-        "head_dim": lambda i: spec.attention[i].head_dim,
-        "n_ff": lambda i: spec.mlps[i].n_ff,
-    }
-    for name, size in sizes.items():
-        for layer in range(1, spec.n_layers):
-            if size(layer) != size(0):
+    """Layer 0 has both blocks by now."""
+    names = ("head_dim",) if arch.rules.layered else ("n_heads", "n_kv_heads", "head_dim")
+    sizes = {name: [(b.layer, getattr(b, name)) for b in spec.attention] for name in names}
+    if not arch.rules.layered:
+        sizes["n_ff"] = [(b.layer, b.n_ff) for b in spec.mlps]
+    for name, by_layer in sizes.items():
+        first = by_layer[0][1]
+        for layer, size in by_layer:
+            if size != first:
                 raise PlanError(
-                    f"layer {layer} has {name} {size(layer)}, layer 0 has {size(0)}: {arch.title} has one {name} for "
+                    f"layer {layer} has {name} {size}, layer 0 has {first}: {arch.title} has one {name} for "
                     "all layers. Cut every layer to the same size."
                 )
 
 
 def _check_attention(spec: ModelSpec, row: Family, arch: Arch) -> None:
     a = spec.attention[0]
-    if row.square_attention and a.n_heads * a.head_dim != spec.n_embd:
+    if arch.layout.square_attention and a.n_heads * a.head_dim != spec.n_embd:
         raise PlanError(
             f"{a.n_heads} heads of {a.head_dim} make {a.n_heads * a.head_dim}, the model is {spec.n_embd} wide: "
             f"{arch.title} wants both equal. Keep every head whole."
@@ -108,7 +130,7 @@ def _check_attention(spec: ModelSpec, row: Family, arch: Arch) -> None:
 
 def _check_rope(spec: ModelSpec, row: Family, arch: Arch) -> None:
     rope, head_dim = spec.rope, spec.attention[0].head_dim
-    if rope.dim != head_dim and not arch.rules.partial_rotary:
+    if rope.dim != head_dim and not (arch.rules.partial_rotary or arch.rules.rope_freqs):
         raise PlanError(
             f"{rope.dim} of {head_dim} dimensions of a head rotate: {arch.title} rotates all of them. It cannot be exported as GGUF."
         )

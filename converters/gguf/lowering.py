@@ -1,9 +1,10 @@
 """From a model in canonical form to the tensors and metadata of a GGUF file.
 
-Lowering changes layout only, never a value, with one exception named below: names, row order of q and k (`Family.gguf_rope`), joined
+Lowering changes layout only, never a value, with two exceptions named below: names, row order of q and k (`Family.gguf_rope`), joined
 projections, float32 vectors, and rotary factors as tensors. Rows of every grid are packed on their own, so all of it is a byte shuffle
-and a quantized source keeps its codes. The exception: where the graph's attention scale differs from the model's, the ratio goes into
-q_norm, which is exact to rounding (gemma3 with 62 layers).
+and a quantized source keeps its codes. The exceptions, both exact to rounding: where the graph's attention scale differs from the
+model's, the ratio goes into q_norm (gemma3 with 62 layers); where the graph rotates a whole head and the model a part of it with a
+magnitude other than 1, the rows of q that stay put are divided by what the graph multiplies them with (Phi-4-mini as deci).
 
 A GGUF source keeps its metadata bytes, and its tensors their order.
 """
@@ -11,11 +12,12 @@ A GGUF source keeps its metadata bytes, and its tensors their order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edgeq.converters.gguf.architectures import Arch, arch_for
+from edgeq.converters.gguf.graph_rope import graph_rope
 from edgeq.converters.gguf.metadata import (
     architecture_fields,
     carried_fields,
@@ -30,9 +32,10 @@ from edgeq.converters.tokenizers.llamacpp import general_name
 from edgeq.errors import ShapeError, SourceError, UnsupportedError
 from edgeq.families import GGUF_NAMES, LINEAR_ROLES, Family, family
 from edgeq.gguf_fields import Field
+from edgeq.grids import F32
 from edgeq.model import Model
 from edgeq.spec import Attention, ModelSpec
-from edgeq.tensors import LazyTensor, as_float32, concat_rows, from_values, map_values, take_rows
+from edgeq.tensors import Bytes, LazyTensor, as_float32, concat_rows, from_values, map_values, take_rows
 
 # Fused projections: role, its GGUF name and the canonical roles whose rows it joins. GGUF has no name of its own for gate_up.
 _FUSED = {"wqkv": ("wq", "wk", "wv"), "gate_up": ("gate", "up")}
@@ -70,21 +73,22 @@ class Lowered:
     carried: bool = False
 
 
-def lower(model: Model) -> Lowered:
+def lower(model: Model, *, elastic: bool = False) -> Lowered:
     """Lower a model. Nothing is read yet but headers.
 
+    elastic: for a file that will be cut, with sizes per layer where llama.cpp has them. A source that is such a file stays one.
     Raises PlanError or UnsupportedError when llama.cpp cannot run it (see `architectures`), ShapeError when a tensor contradicts the
     spec, SourceError when one is missing, TokenizerError when the vocabulary is not usable.
     """
     spec = model.spec
-    arch = arch_for(spec)
+    arch = arch_for(spec, elastic=elastic or _source_arch(model) == family(spec.family).gguf_layered)
     _check_tensors(model)
     tensors = list(_tensors(model, arch))
     vocabulary = model.tokenizer.vocabulary
     name = general_name(vocabulary, model.name)
     fields = [
         *general_fields(arch.name, name, _with_size_label(model, tensors)),
-        *architecture_fields(spec, arch),
+        *architecture_fields(replace(spec, rope=graph_rope(spec, arch)), arch),
         *quantization_fields(0),
     ]
     if model.gguf_fields is None:
@@ -102,6 +106,11 @@ def lower(model: Model) -> Lowered:
         alignment=alignment,
         carried=model.gguf_fields is not None,
     )
+
+
+def _source_arch(model: Model) -> object:
+    field = (model.gguf_fields or {}).get("general.architecture")
+    return "" if field is None else field.value
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -142,7 +151,7 @@ def _check_tensors(model: Model) -> None:
 
 
 def _tensors(model: Model, arch: Arch) -> Iterator[CarrierTensor]:
-    yield from _rope_tensors(model.spec, arch)
+    yield from _rope_tensors(replace(model.spec, rope=graph_rope(model.spec, arch)))
     lowered = _model_tensors(model, arch)
     if model.gguf_fields is not None:
         position = {name: i for i, name in enumerate(model.tensors)}
@@ -153,7 +162,7 @@ def _tensors(model: Model, arch: Arch) -> Iterator[CarrierTensor]:
 
 def _model_tensors(model: Model, arch: Arch) -> Iterator[tuple[CarrierTensor, tuple[str, ...]]]:
     """Every tensor in canonical order, with the canonical names that it is made of."""
-    spec, row = model.spec, family(model.spec.family)
+    spec, row = model.spec, arch.layout
     keep = model.gguf_fields is not None
 
     def whole(role: str, importance_key: str | None = None) -> tuple[CarrierTensor, tuple[str, ...]]:
@@ -164,7 +173,7 @@ def _model_tensors(model: Model, arch: Arch) -> Iterator[tuple[CarrierTensor, tu
 
     yield whole("embed", "head" if spec.tied else None)
     for layer, blocks in spec.layers():
-        attention = next(b for b in blocks if isinstance(b, Attention))
+        attention = next((b for b in blocks if isinstance(b, Attention)), None)
         for role in _lowered_roles(row):
             parts = _FUSED.get(role, (role,))
             for kind in ("weight", "bias"):
@@ -173,7 +182,7 @@ def _model_tensors(model: Model, arch: Arch) -> Iterator[tuple[CarrierTensor, tu
                     continue
                 name = f"{(_FUSED_NAMES.get(role) or GGUF_NAMES[role]).format(i=layer)}.{kind}"
                 tensors = [
-                    _vector(_laid_out(model.tensors[s], part, attention, spec, row, arch), keep=keep)
+                    _vector(_laid_out(model.tensors[s], part, attention, spec, arch), keep=keep)
                     for s, part in zip(sources, parts, strict=True)
                 ]
                 is_linear = kind == "weight" and parts[0] in LINEAR_ROLES
@@ -199,13 +208,32 @@ def _lowered_roles(row: Family) -> list[str]:
     return list(dict.fromkeys(joined.get(role, role) for role in row.roles))
 
 
-def _laid_out(tensor: LazyTensor, role: str, attention: Attention, spec: ModelSpec, row: Family, arch: Arch) -> LazyTensor:
-    if role in ("wq", "wk") and row.gguf_rope == "norm":
+def _laid_out(tensor: LazyTensor, role: str, attention: Attention | None, spec: ModelSpec, arch: Arch) -> LazyTensor:
+    if attention is None:
+        return tensor
+    if role in ("wq", "wk") and arch.layout.gguf_rope == "norm":
         n_heads = attention.n_heads if role == "wq" else attention.n_kv_heads
+        if role == "wq" and graph_rope(spec, arch) is not spec.rope:
+            tensor = _unmagnified(tensor, attention, spec)
         return take_rows(tensor, interleaved(n_heads, attention.head_dim, spec.rope.dim))
     if role == "q_norm" and (ratio := spec.attn_scale / arch.attention_scale(spec)) and abs(ratio - 1) > 1e-6:
         return map_values(tensor, lambda values: values * np.float32(ratio))
     return tensor
+
+
+def _unmagnified(tensor: LazyTensor, attention: Attention, spec: ModelSpec) -> LazyTensor:
+    """q whose dimensions that do not rotate are divided by the square of the magnitude: the graph multiplies them, in q and in k, too."""
+    if spec.rope.attn_factor == 1:
+        return tensor
+    stays = np.arange(attention.head_dim) >= spec.rope.dim
+    scale = np.tile(np.where(stays, spec.rope.attn_factor**-2, 1.0).astype(np.float32), attention.n_heads)
+    if len(tensor.shape) == 1:
+        return map_values(tensor, lambda values: values * scale)
+
+    def read(start: int, stop: int) -> Bytes:
+        return np.ascontiguousarray(tensor.decode(start, stop) * scale[start:stop, None]).view(np.uint8)
+
+    return LazyTensor(shape=tensor.shape, grid=F32, read=read, origin=tensor.origin)
 
 
 def interleaved(n_heads: int, head_dim: int, rope_dim: int) -> np.ndarray:
@@ -224,7 +252,7 @@ def _vector(tensor: LazyTensor, *, keep: bool) -> LazyTensor:
     return tensor if keep or len(tensor.shape) == 2 else as_float32(tensor)
 
 
-def _rope_tensors(spec: ModelSpec, arch: Arch) -> Iterator[CarrierTensor]:
+def _rope_tensors(spec: ModelSpec) -> Iterator[CarrierTensor]:
     rope = spec.rope
     if rope.kind == "longrope":
         values: Mapping[str, object] = {"rope_factors_long": rope.long_factors, "rope_factors_short": rope.short_factors}

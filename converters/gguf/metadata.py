@@ -8,6 +8,7 @@ model's sizes), and the sliding-window pattern where it is not the default.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -70,15 +71,13 @@ def general_fields(arch: str, name: str, metadata: Mapping[str, Any]) -> list[Fi
 
 def architecture_fields(spec: ModelSpec, arch: Arch) -> list[Field]:
     """`<arch>.*`: sizes, constants and rotary embedding. The spec must have passed `architectures.arch_for`."""
-    attention, mlp = spec.attention[0], spec.mlps[0]
+    attention = spec.attention[0]
     u32, f32 = Field.u32, Field.f32
     fields = [
         u32("block_count", spec.n_layers),
         u32("context_length", usable_context(spec, arch)),
         u32("embedding_length", spec.n_embd),
-        u32("feed_forward_length", mlp.n_ff),
-        u32("attention.head_count", attention.n_heads),
-        u32("attention.head_count_kv", attention.n_kv_heads),
+        *_size_fields(spec, arch),
         *_rope_scaling_fields(spec.rope),
         f32("rope.freq_base", spec.rope.base),
     ]
@@ -93,6 +92,16 @@ def architecture_fields(spec: ModelSpec, arch: Arch) -> list[Field]:
         u32("rope.dimension_count", spec.rope.dim),
     ]
     return [f.renamed(f"{arch.name}.{f.key}") for f in fields]
+
+
+def _size_fields(spec: ModelSpec, arch: Arch) -> list[Field]:
+    """n_ff, heads and kv heads: of all layers, or of each, with 0 for what a layer does not have."""
+    n_ff = {b.layer: b.n_ff for b in spec.mlps}
+    n_heads, n_kv_heads = ({b.layer: getattr(b, name) for b in spec.attention} for name in ("n_heads", "n_kv_heads"))
+    sizes = {"feed_forward_length": n_ff, "attention.head_count": n_heads, "attention.head_count_kv": n_kv_heads}
+    if arch.rules.layered:
+        return [Field.i32s(key, [by_layer.get(i, 0) for i in range(spec.n_layers)]) for key, by_layer in sizes.items()]
+    return [Field.u32(key, by_layer[0]) for key, by_layer in sizes.items()]
 
 
 def quantization_fields(file_type: int) -> list[Field]:
@@ -188,11 +197,15 @@ def fitted_vocabulary(vocabulary: Vocabulary, n_vocab: int) -> Vocabulary:
 
 def carried_fields(source: Mapping[str, Field], ours: Sequence[Field], arch: str) -> list[Field]:
     """Fields of a GGUF source, byte for byte in its order. Where the model has changed since (`<arch>.*` values that the source states
-    differ from ours), ours take their place and those it left to defaults are added.
+    differ from ours), ours take their place and those it left to defaults are added. When the architecture has changed, the source's
+    keys take its prefix, but for those about rotation, which we state whole.
 
     Keys that tell parts of a split file apart are dropped: what we write is whole.
     """
-    mine = {f.key: f for f in ours if f.key.startswith(f"{arch}.")}
+    if (old := source["general.architecture"].value) != arch:
+        source = {key: f for key, f in source.items() if not key.startswith(f"{old}.rope.")}
+        source = {f.key: f for key, f in source.items() for f in [f.renamed(re.sub(rf"^{re.escape(old)}\.", f"{arch}.", key))]}
+    mine = {f.key: f for f in ours if f.key.startswith(f"{arch}.") or f.key == "general.architecture"}
     changed = {key for key, f in mine.items() if key in source and not _same_value(source[key].value, f.value)}
     fields = [mine[key] if key in changed else field for key, field in source.items() if not key.startswith("split.")]
     if changed:

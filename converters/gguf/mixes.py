@@ -193,7 +193,7 @@ def _is_70b(lowered: Lowered) -> bool:
     """What llama.cpp takes for a model of 70B, where eight heads share their values: 80 layers in these architectures."""
     attention = lowered.spec.attention[0]
     grouped = attention.n_heads != attention.n_kv_heads
-    return lowered.spec.n_layers == 80 and (lowered.arch == "qwen2" or (lowered.arch == "llama" and grouped))
+    return lowered.spec.n_layers == 80 and (lowered.arch in ("qwen2", "deci") or (lowered.arch == "llama" and grouped))
 
 
 def _ranks(tensors: Iterable[CarrierTensor]) -> dict[str, int]:

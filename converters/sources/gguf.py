@@ -35,15 +35,15 @@ def read_gguf_model(path: Path) -> Model:
     """
     headers = read_parts(path)
     header = headers[0]
-    family = _family(header)
+    arch, family = _family(header)
     stored = _Stored(headers)
     n_vocab = stored.n_vocab(header)
     spec = read_spec(
-        Metadata(header, family.gguf_arch),
+        Metadata(header, arch),
         family,
         n_vocab=n_vocab,
         tied=not stored.has("output.weight"),
-        biases=frozenset(role for role in RULES[family.name].biases if stored.any_bias(role)),
+        biases=frozenset(role for role in RULES[arch].biases if stored.any_bias(role)),
         vector=stored.vector,
     )
     tensors = stored.in_file_order(_tensors(stored, family, spec))
@@ -61,7 +61,8 @@ def read_gguf_model(path: Path) -> Model:
     )
 
 
-def _family(header: Header) -> Family:
+def _family(header: Header) -> tuple[str, Family]:
+    """`general.architecture`, and the family as which such a file is read."""
     kind = header.value("general.type", "model")
     if kind != "model":
         raise UnsupportedError(f"{header.path}: holds {kind!r}, not a model. Name the model's own GGUF file.")
@@ -69,7 +70,7 @@ def _family(header: Header) -> Family:
     if not isinstance(arch, str):
         raise SourceError(f"{header.path}: general.architecture is missing. The file is incomplete; convert the model again.")
     try:
-        return family_of_gguf(arch)
+        return arch, family_of_gguf(arch)
     except UnsupportedError as err:
         raise UnsupportedError(f"{header.path}: {err}") from err
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgeq.errors import ShapeError, SourceError, UnsupportedError
@@ -33,6 +33,7 @@ class LoaderRules:
     "longrope", or always. window_period: with a sliding window, all layers but every n-th look through it (unless the file says
     otherwise), with a rotary base of their own; None: attention.sliding_window has no effect. no_rope_period: every n-th layer does
     not rotate. square_scale_at: with this many layers attention is scaled by n_embd / n_heads instead of the head size.
+    layered: every layer has its own n_ff, heads and kv heads; no heads means no attention, and no n_ff that the graph passes the layer by.
     """
 
     biases: tuple[str, ...] = ("wq", "wk", "wv")
@@ -42,10 +43,14 @@ class LoaderRules:
     window_period: int | None = None
     no_rope_period: int | None = None
     square_scale_at: int | None = None
+    layered: bool = False
 
 
+_LLAMA = LoaderRules(biases=("wq", "wk", "wv", "wo", "gate", "up", "down"), rope_freqs=True, rope_factors="longrope")
+# By `general.architecture`. deci is llama with sizes per layer (models/deci.cpp).
 RULES: Mapping[str, LoaderRules] = {
-    "llama": LoaderRules(biases=("wq", "wk", "wv", "wo", "gate", "up", "down"), rope_freqs=True, rope_factors="longrope"),
+    "llama": _LLAMA,
+    "deci": replace(_LLAMA, layered=True),
     "qwen2": LoaderRules(),
     "qwen3": LoaderRules(),
     "phi3": LoaderRules(partial_rotary=True, rope_factors="always"),
@@ -85,7 +90,7 @@ class Metadata:
     """Typed access to the `<arch>.*` keys of a header. A key that was asked for is understood; `refuse_rest` refuses the others."""
 
     def __init__(self, header: Header, arch: str) -> None:
-        self.header, self.prefix = header, f"{arch}."
+        self.header, self.arch, self.prefix = header, arch, f"{arch}."
         self._asked: set[str] = set()
 
     def raw(self, key: str) -> Any:
@@ -113,15 +118,16 @@ class Metadata:
             raise self.wrong(key, value, "a positive whole number")
         return value
 
-    def sizes(self, key: str, n_layers: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """One positive whole number per layer, from an array or from one number for all."""
+    def sizes(self, key: str, n_layers: int, default: tuple[int, ...] | None = None, *, least: int = 1) -> tuple[int, ...]:
+        """One whole number of at least `least` per layer, from an array or from one positive number for all."""
         value = self.raw(key)
         if value is None and default is not None:
             return default
         if not isinstance(value, list):
             return (self.size(key),) * n_layers
-        if len(value) != n_layers or not all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v < 2**31 for v in value):
-            raise self.wrong(key, value, f"{n_layers} positive whole numbers, one per layer")
+        if len(value) != n_layers or not all(isinstance(v, int) and not isinstance(v, bool) and least <= v < 2**31 for v in value):
+            what = "positive whole numbers" if least else "whole numbers of at least 0"
+            raise self.wrong(key, value, f"{n_layers} {what}, one per layer")
         return tuple(value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -150,7 +156,7 @@ def read_spec(metadata: Metadata, family: Family, *, n_vocab: int, tied: bool, b
     """The ModelSpec that llama.cpp would compute with. Raises SourceError or UnsupportedError that names the file and the key."""
     path = metadata.header.path
     try:
-        spec = _spec(metadata, family, RULES[family.name], n_vocab=n_vocab, tied=tied, biases=biases, vector=vector)
+        spec = _spec(metadata, family, RULES[metadata.arch], n_vocab=n_vocab, tied=tied, biases=biases, vector=vector)
         metadata.refuse_rest()
     except UnsupportedError as err:
         raise UnsupportedError(f"{path}: {err}") from err
@@ -166,9 +172,12 @@ def _spec(
     if n_layers > MAX_LAYERS:
         raise metadata.wrong("block_count", n_layers, f"at most {MAX_LAYERS}")
     n_ctx, n_embd = metadata.size("context_length"), metadata.size("embedding_length")
-    n_heads = metadata.sizes("attention.head_count", n_layers)
-    n_kv_heads = metadata.sizes("attention.head_count_kv", n_layers, n_heads)
-    n_ff = metadata.sizes("feed_forward_length", n_layers)
+    least = 0 if rules.layered else 1
+    n_heads = metadata.sizes("attention.head_count", n_layers, least=least)
+    n_kv_heads = metadata.sizes("attention.head_count_kv", n_layers, n_heads, least=least)
+    n_ff = metadata.sizes("feed_forward_length", n_layers, least=least)
+    if rules.layered:
+        _check_layered(metadata, n_heads, n_kv_heads, n_ff)
     square_dim = max(1, n_embd // n_heads[0])
     head_dim = metadata.size("attention.key_length", square_dim)
     value_dim = metadata.size("attention.value_length", square_dim)
@@ -180,10 +189,11 @@ def _spec(
     for i in range(n_layers):
         rotates = rules.no_rope_period is None or (i + 1) % rules.no_rope_period
         use: RopeUse = "none" if not rotates else "local" if windows[i] else "main"
-        blocks += [
-            Attention(layer=i, n_heads=n_heads[i], n_kv_heads=n_kv_heads[i], head_dim=head_dim, rope=use, window=windows[i]),
-            Mlp(layer=i, n_ff=n_ff[i]),
-        ]
+        if n_heads[i]:
+            sizes = {"n_heads": n_heads[i], "n_kv_heads": n_kv_heads[i], "head_dim": head_dim}
+            blocks.append(Attention(layer=i, **sizes, rope=use, window=windows[i]))
+        if n_ff[i]:
+            blocks.append(Mlp(layer=i, n_ff=n_ff[i]))
     return ModelSpec(
         family=family.name,
         n_embd=n_embd,
@@ -198,6 +208,23 @@ def _spec(
         embed_scale=math.sqrt(n_embd) if family.scaled_embedding else 1.0,
         biases=biases,
     )
+
+
+def _check_layered(metadata: Metadata, n_heads: tuple[int, ...], n_kv_heads: tuple[int, ...], n_ff: tuple[int, ...]) -> None:
+    """Refuse what the graph of a layered architecture computes otherwise than a sequence of attentions and MLPs."""
+    if not n_heads[0]:
+        raise metadata.wrong("attention.head_count", n_heads[0], "heads in the first layer, from which the head size is read")
+    if not n_ff[-1]:
+        raise metadata.wrong("feed_forward_length", n_ff[-1], "neurons in the last layer, without which llama.cpp returns wrong logits")
+    for layer, (heads, kv_heads, neurons) in enumerate(zip(n_heads, n_kv_heads, n_ff, strict=True)):
+        if heads and not kv_heads:
+            raise UnsupportedError(
+                f"layer {layer} has {heads} heads and no kv heads: one linear map in place of attention is not supported"
+            )
+        if kv_heads and not heads:
+            raise UnsupportedError(f"layer {layer} has {kv_heads} kv heads and no heads. The metadata contradicts itself")
+        if heads and not neurons:
+            raise UnsupportedError(f"layer {layer} has attention and no feed-forward: llama.cpp drops such an attention's result")
 
 
 def _windows(metadata: Metadata, rules: LoaderRules, n_layers: int) -> tuple[int | None, ...]:

@@ -376,6 +376,12 @@ def test_headers_that_would_abort_llama_cpp_are_refused(tmp_path: Path, fields: 
         LlamaModel.load(write_tiny_gguf(tmp_path / "bad.gguf", fields=fields))
 
 
+def test_a_layered_file_needs_neurons_in_its_last_layer(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "bad.gguf", arch="deci", fields={"feed_forward_length": [160, 0]})
+    with pytest.raises(SourceError, match="feed_forward_length is 0; the last layer must have neurons, or llama"):
+        LlamaModel.load(path)
+
+
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"architecture 'mamba2' is not supported; supported: deci, gemma3, llama"):
         LlamaModel.load(write_tiny_gguf(tmp_path / "bad.gguf", arch="mamba2"))

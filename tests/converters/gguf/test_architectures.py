@@ -27,7 +27,7 @@ def with_block(spec: ModelSpec, index: int, **changes: Any) -> ModelSpec:
 @pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.name)
 def test_every_family_has_an_architecture(row: Any) -> None:
     arch = arch_for(made_spec(row.name, n_layers=4, **SQUARE))
-    assert arch == Arch(row.gguf_arch, RULES[row.name])
+    assert arch == Arch(row.gguf_arch, RULES[row.gguf_arch], row)
 
 
 def test_layer_count_is_limited() -> None:
@@ -37,12 +37,12 @@ def test_layer_count_is_limited() -> None:
 
 
 def test_a_layer_needs_attention_and_mlp_in_this_order() -> None:
-    spec = made_spec()
+    spec = made_spec("qwen3")
     for blocks, found in (
         (spec.blocks[:1] + spec.blocks[2:], "layer 0 has Attention:"),
         ((spec.blocks[1], spec.blocks[0], *spec.blocks[2:]), "layer 0 has Mlp and Attention:"),
     ):
-        with pytest.raises(PlanError, match=found + " llama.cpp's llama architecture wants one Attention and one Mlp, in this order"):
+        with pytest.raises(PlanError, match=found + " llama.cpp's qwen3 architecture wants one Attention and one Mlp, in this order"):
             arch_for(dataclasses.replace(spec, blocks=blocks))
     skipped = tuple(dataclasses.replace(b, layer=b.layer * 2) for b in spec.blocks)
     with pytest.raises(PlanError, match="layer 1 has nothing:"):
@@ -52,7 +52,7 @@ def test_a_layer_needs_attention_and_mlp_in_this_order() -> None:
 @pytest.mark.parametrize(
     ("index", "changes", "message"),
     [
-        (3, {"n_ff": 128}, "layer 1 has n_ff 128, layer 0 has 160: llama.cpp's llama architecture has one n_ff for all layers. Cut every"),
+        (3, {"n_ff": 128}, "layer 1 has n_ff 128, layer 0 has 160: llama.cpp's qwen3 architecture has one n_ff for all layers. Cut every"),
         (2, {"n_heads": 2}, "layer 1 has n_heads 2, layer 0 has 4"),
         (2, {"n_kv_heads": 4}, "layer 1 has n_kv_heads 4, layer 0 has 2"),
         (2, {"head_dim": 32}, "layer 1 has head_dim 32, layer 0 has 24"),
@@ -60,7 +60,49 @@ def test_a_layer_needs_attention_and_mlp_in_this_order() -> None:
 )
 def test_sizes_must_be_the_same_in_every_layer(index: int, changes: dict[str, int], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        arch_for(with_block(made_spec(), index, **changes))
+        arch_for(with_block(made_spec("qwen3"), index, **changes))
+
+
+LAYERED = ("llama", "qwen2", "phi3")
+
+
+@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.name)
+def test_an_elastic_model_goes_where_layers_may_differ_if_there_is_such_a_place(row: Any) -> None:
+    spec = made_spec(row.name, n_layers=4, **SQUARE)
+    layered = row.name in LAYERED
+    assert arch_for(spec, elastic=True).name == ("deci" if layered else row.gguf_arch)
+    for index, changes in ((3, {"n_ff": 128}), (2, {"n_heads": 2, "n_kv_heads": 1})):
+        unequal = with_block(spec, index, **changes)
+        if layered:
+            assert arch_for(unequal) == Arch("deci", RULES["deci"], FAMILIES[0])
+        else:
+            with pytest.raises(PlanError, match="Cut every layer to the same size"):
+                arch_for(unequal, elastic=True)
+
+
+def test_layers_may_lack_what_a_layered_graph_can_do_without() -> None:
+    spec = made_spec(n_layers=4)
+
+    def without(*gone: int) -> ModelSpec:
+        return dataclasses.replace(spec, blocks=tuple(b for i, b in enumerate(spec.blocks) if i not in gone))
+
+    for gone in ((2,), (2, 3), (6,)):
+        assert arch_for(without(*gone)).name == "deci"
+    for gone in ((3,), (7,)):
+        with pytest.raises(
+            PlanError, match=rf"layer {gone[0] // 2} has an Attention alone, whose result llama\.cpp's deci architecture drops"
+        ):
+            arch_for(without(*gone))
+    for gone, found in (((0,), "Mlp"), ((0, 1), "nothing")):
+        with pytest.raises(PlanError, match=f"layer 0 has {found}: llama.cpp's deci architecture reads the head size there. Keep at least"):
+            arch_for(without(*gone))
+    swapped = dataclasses.replace(spec, blocks=(*spec.blocks[:2], spec.blocks[3], spec.blocks[2], *spec.blocks[4:]))
+    with pytest.raises(PlanError, match=r"layer 1 has Mlp and Attention: llama\.cpp's deci architecture wants one Attention and one Mlp"):
+        arch_for(swapped)
+    with pytest.raises(
+        PlanError, match=r"layer 2 has head_dim 36, layer 0 has 24: llama\.cpp's deci architecture has one head_dim for all"
+    ):
+        arch_for(with_block(made_spec(n_layers=4), 4, head_dim=36))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3"])

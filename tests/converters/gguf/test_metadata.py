@@ -20,6 +20,7 @@ from edgeq.converters.gguf.metadata import (
 )
 from edgeq.converters.sources.gguf_spec import RULES
 from edgeq.errors import TokenizerError, UnsupportedError
+from edgeq.families import family
 from edgeq.gguf_fields import Field, ValueType
 from edgeq.model import Vocabulary
 from edgeq.rope import RopeSpec
@@ -31,7 +32,7 @@ def values(spec: ModelSpec) -> dict[str, Any]:
 
 
 def arch(spec: ModelSpec) -> Arch:
-    return Arch(spec.family, RULES[spec.family])
+    return Arch(spec.family, RULES[spec.family], family(spec.family))
 
 
 def test_general_facts_come_in_the_converters_order() -> None:

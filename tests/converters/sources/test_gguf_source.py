@@ -451,7 +451,7 @@ def with_key(key: str, kind: gguf.GGUFValueType, value: Any, draft: Draft) -> Dr
 
 
 REFUSED: Mapping[str, tuple[Callable[[], Draft], type[Exception], str]] = {
-    "family": (lambda: Draft("mamba2"), UnsupportedError, "GGUF architecture 'mamba2' is not supported; supported: llama, qwen2"),
+    "family": (lambda: Draft("mamba2"), UnsupportedError, "GGUF architecture 'mamba2' is not supported; supported: llama, deci, qwen2"),
     "adapter": (lambda: with_key("general.type", V.STRING, "adapter", llama()), UnsupportedError, "holds 'adapter', not a model"),
     "experts": (lambda: llama().set("expert_count", 8), UnsupportedError, "llama.expert_count is 8; mixtures of experts are not supported"),
     "not causal": (lambda: llama().set("attention.causal", False), UnsupportedError, "models without causal attention are not supported"),
@@ -580,4 +580,4 @@ def test_no_architecture(tmp_path: Path) -> None:
 
 
 def test_every_gguf_family_has_rules() -> None:
-    assert set(RULES) == {row.name for row in FAMILIES}
+    assert set(RULES) == {arch for row in FAMILIES for arch in (row.gguf_arch, row.gguf_layered) if arch}
