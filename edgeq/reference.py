@@ -11,7 +11,7 @@ Assumes tensors that fit the spec, in the names and layout of `edgeq.families`; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -159,6 +159,41 @@ class Reference:
         for start, stop in _row_chunks(head):
             logits[:, start:stop] = F.linear(hidden, self._decode(head, start, stop))
         return logits
+
+    @torch.no_grad()
+    def embed(self, windows: Windows) -> torch.Tensor:
+        """Embeddings of windows of one length: (windows, n_tokens, n_embd). Raises UsageError as `hidden` does."""
+        _check(windows, self.spec.n_vocab)
+        return self._embed(windows, list(range(len(windows))), None).states
+
+    def layer(self, blocks: Sequence[Block]) -> Callable[[torch.Tensor, Observer], torch.Tensor]:
+        """Blocks in a row, decoded once: a function from states (windows, n_tokens, n_embd) to the states behind them.
+
+        Gradients flow through it where torch has them enabled.
+        """
+        loaded = [(block, self._weights(block)) for block in blocks]
+
+        def run(states: torch.Tensor, observe: Observer) -> torch.Tensor:
+            for block, weights in loaded:
+                states = states + self._run(block, weights, _Batch([], states, states.shape[1]), observe)
+            return states
+
+        return run
+
+    def final_norm(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head reads, from the states behind the last block."""
+        return rms_norm(states, self._load("final_norm.weight"), self.spec.norm_eps)
+
+    @torch.no_grad()
+    def head_transposed(self, slopes: torch.Tensor) -> torch.Tensor:
+        """slopes (n_tokens, n_vocab) times the head's matrix: gradients by logits turned into gradients by `logits`' argument."""
+        head = self._tensor("embed.weight" if self.spec.tied else "head.weight")
+        if self._head is not None:
+            return slopes @ self._head
+        back = slopes.new_zeros(len(slopes), self.spec.n_embd)
+        for start, stop in _row_chunks(head):
+            back += slopes[:, start:stop] @ self._decode(head, start, stop)
+        return back
 
     def _embed(self, windows: Windows, index: list[int], n_ctx: int | None) -> _Batch:
         ids, place = np.unique(np.array([windows[i] for i in index]), return_inverse=True)

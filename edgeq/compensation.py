@@ -1,0 +1,69 @@
+"""What a cut MLP does about the channels it has lost: for any number of kept ones, from one small model of the hidden activations.
+
+Sorting stores, by layer, the mean of every channel and a factor model of its variation: Cov(h) ~ U U^T + diag(noise), with U of a
+few columns. From it follows the least-squares estimate of lost channels by kept ones, for whichever were kept:
+
+    h_lost ~ mean_lost + R (h_kept - mean_kept),   R = U_lost (I + U_kept^T N^-1 U_kept)^-1 U_kept^T N^-1,   N = diag(noise_kept)
+
+(the Woodbury identity; Woodbury 1950, and Thomson's regression of factor scores). So down_proj keeps its shape: its kept columns
+take on W_lost R and a bias takes the rest. Channels are in order of importance: a cut to k keeps the first k.
+
+Runs on the device: numpy alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeq.errors import ShapeError
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenModel:
+    """Hidden activations of one MLP: mean (n_ff,), factors (n_ff, rank), noise (n_ff,), which is positive where factors are not 0.
+
+    A rank of 0 leaves the mean alone: lost channels then become a bias and kept columns stay as they are.
+    """
+
+    mean: Floats
+    factors: Floats
+    noise: Floats
+
+    def __post_init__(self) -> None:
+        n_ff = len(self.mean)
+        if self.mean.shape != (n_ff,) or self.noise.shape != (n_ff,) or self.factors.ndim != 2 or len(self.factors) != n_ff:
+            raise ShapeError(
+                f"hidden model: mean {list(self.mean.shape)}, factors {list(self.factors.shape)} and noise {list(self.noise.shape)} "
+                "do not describe the same channels. Export the package again."
+            )
+
+
+def compensate(down: Floats, model: HiddenModel, kept: int) -> tuple[Floats, Floats]:
+    """down_proj (n_embd, n_ff) cut to its first `kept` columns, and the bias (n_embd,) to add to what its block already has.
+
+    Nothing is lost for kept == n_ff, everything for kept == 0, where the bias is the mean output. Raises ShapeError when the
+    model has another width or `kept` is not within it.
+    """
+    n_ff = len(model.mean)
+    if down.shape[1] != n_ff or not 0 <= kept <= n_ff:
+        raise ShapeError(
+            f"down_proj of {down.shape[1]} columns, cut to {kept}: the hidden model describes {n_ff}. Export the package again."
+        )
+    left, right = _low_rank(model, kept)
+    lost = down[:, kept:]
+    through = lost @ left  # (n_embd, rank)
+    bias = lost @ model.mean[kept:] - through @ (right @ model.mean[:kept])
+    return (down[:, :kept] + through @ right).astype(np.float32, copy=False), bias.astype(np.float32, copy=False)
+
+
+def _low_rank(model: HiddenModel, kept: int) -> tuple[Floats, Floats]:
+    """R = left (n_ff - kept, rank) @ right (rank, kept). Solved in float64: U^T N^-1 U spans many orders of magnitude."""
+    factors, noise = model.factors[:kept].astype(np.float64), model.noise[:kept].astype(np.float64)
+    weighted = np.divide(factors, noise[:, None], out=np.zeros_like(factors), where=noise[:, None] > 0)
+    inner = np.eye(factors.shape[1]) + factors.T @ weighted
+    return model.factors[kept:], np.linalg.solve(inner, weighted.T).astype(np.float32)
