@@ -1,0 +1,217 @@
+"""Cutting an elastic GGUF file into a smaller stock one, byte by byte: no value is decoded, no token list parsed.
+
+A cut copies a prefix of every tensor (see `edgeq.runtime.cut_plan`) and the metadata as they stand. It reads the source from start to end
+in pieces of half a MiB, so memory does not grow with the model, and a source on a slow disk is read once. With the source's hash given,
+all of it is hashed by a second thread beside the writing: what was cut from a damaged file never gets its final name. That costs reading
+the source's dropped parts as well, which is why it is the caller's choice: a package has the hash in its manifest.
+
+    result = cut_gguf(Path("model.gguf"), Path("small.gguf"), kept, sha256=record.sha256)
+    with cut_to_memory(Path("model.gguf"), kept) as small: LlamaModel.load(small.path)
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import psutil
+
+from edgeq.elastic import Kept
+from edgeq.errors import OutputError, PackageError, SourceError
+from edgeq.gguf_file import read_header
+from edgeq.gguf_write import TensorData, Written, write_gguf
+from edgeq.output import check_disk, staged_file
+from edgeq.package import sha256 as file_sha256
+from edgeq.progress import Progress, silent
+from edgeq.runtime.cut_plan import NO_EXTRAS, CutPlan, CutTensor, Extras, plan_cut
+from edgeq.tensors import Bytes
+
+CHUNK_BYTES = 512 << 10  # stays in the cache between reading, hashing and writing
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutResult:
+    """bytes and sha256 of what was written. removed_fraction: of the parameters of all blocks."""
+
+    bytes: int
+    sha256: str
+    removed_fraction: float
+
+
+def cut_gguf(
+    source: Path,
+    target: Path,
+    kept: Kept,
+    *,
+    extras: Extras = NO_EXTRAS,
+    sha256: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> CutResult:
+    """Write a cut of `source` to `target`, which is whole or absent, whatever happens.
+
+    sha256: what the source must hash to; None does not look. force: replace an existing target. progress: step "write", in bytes.
+    Raises PlanError, UnsupportedError and SourceError as `plan_cut`; PackageError for another hash; OutputError when the target exists,
+    is the source, or the disk refuses; SourceError when the source cannot be read to its end.
+    """
+    plan = plan_cut(read_header(source), kept, extras)
+    with staged_file(target, force=force, inputs=(source,)) as stage:
+        check_disk(target, plan.nbytes)
+        with _verified(source, sha256):
+            written = _write(plan, stage, progress)
+    return CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction)
+
+
+class MemoryCut:
+    """A cut that is a file by name and takes memory (or, where the system has no such files, a temporary file) until it is closed.
+
+    path: what to load; it stands for this process and its children. A model that was loaded from it stays whole after `close`.
+    """
+
+    def __init__(self, path: Path, result: CutResult, release: Callable[[], None]) -> None:
+        self.path, self.result = path, result
+        self._close = weakref.finalize(self, release)
+
+    def close(self) -> None:
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def cut_to_memory(
+    source: Path, kept: Kept, *, extras: Extras = NO_EXTRAS, sha256: str | None = None, progress: Progress = silent
+) -> MemoryCut:
+    """A cut of `source` in memory. Raises as `cut_gguf`; OutputError when there is not enough memory."""
+    plan = plan_cut(read_header(source), kept, extras)
+    with ExitStack() as undo:
+        path, release = _memory_file(plan.nbytes) if hasattr(os, "memfd_create") else _temporary_file()
+        undo.callback(release)
+        with _verified(source, sha256):
+            written = _write(plan, path, progress)
+        undo.pop_all()
+    return MemoryCut(path, CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction), release)
+
+
+def _memory_file(nbytes: int) -> tuple[Path, Callable[[], None]]:
+    free = psutil.virtual_memory().available
+    if nbytes > free:
+        raise OutputError(f"a cut in memory needs {nbytes:,} bytes, {free:,} are free. Choose a higher rate, or cut to a file.")
+    handle = os.memfd_create("edgeq-cut")
+    return Path(f"/proc/{os.getpid()}/fd/{handle}"), partial(os.close, handle)
+
+
+def _temporary_file() -> tuple[Path, Callable[[], None]]:
+    handle, name = tempfile.mkstemp(prefix="edgeq-cut-", suffix=".gguf")
+    os.close(handle)
+    path = Path(name)
+
+    def release() -> None:
+        with suppress(OSError):  # Windows keeps a file that a model is still mapped from
+            path.unlink()
+
+    return path, release
+
+
+def _write(plan: CutPlan, path: Path, progress: Progress) -> Written:
+    with _open(plan.source) as file:
+        data = []
+        for tensor in plan.tensors:
+            chunks = tensor.chunks or partial(_prefix, file, plan.source, tensor)
+            data.append(TensorData(tensor.layout.name, tensor.layout.shape, tensor.layout.grid, chunks))
+        return write_gguf(path, plan.fields, data, alignment=plan.alignment, progress=progress)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[FileIO]:
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as err:
+        raise SourceError(f"{path}: cannot be read: {err.strerror or err}") from err
+    with file:
+        yield file
+
+
+def _prefix(file: FileIO, path: Path, tensor: CutTensor) -> Iterable[Bytes]:
+    """The first rows of a tensor, of each the first bytes: read in whole rows, many at a time.
+
+    What is yielded is overwritten by the next piece.
+    """
+    source, wanted = tensor.source, tensor.layout
+    assert source is not None
+    row_bytes, kept_bytes = (t.grid.row_bytes(t.shape[-1]) for t in (source, wanted))
+    n_rows = prod(wanted.shape[:-1])
+    if kept_bytes == row_bytes:
+        yield from _read(file, path, source.offset, n_rows * row_bytes, CHUNK_BYTES)
+        return
+    step = max(1, CHUNK_BYTES // row_bytes)
+    packed = np.empty((min(step, n_rows), kept_bytes), dtype=np.uint8)
+    for piece in _read(file, path, source.offset, n_rows * row_bytes, step * row_bytes):
+        rows = piece.reshape(-1, row_bytes)
+        np.copyto(packed[: len(rows)], rows[:, :kept_bytes])
+        yield packed[: len(rows)]
+
+
+def _read(file: FileIO, path: Path, offset: int, n_bytes: int, step: int) -> Iterator[Bytes]:
+    """n_bytes from offset on, in pieces of `step` bytes that share one buffer."""
+    buffer = np.empty(min(step, n_bytes), dtype=np.uint8)
+    try:
+        file.seek(offset)
+        for start in range(0, n_bytes, step):
+            piece = buffer[: min(step, n_bytes - start)]
+            filled = 0
+            while filled < piece.nbytes:
+                n = file.readinto(piece[filled:].data)
+                if not n:
+                    raise SourceError(f"{path}: ended at byte {offset + start + filled} while it was read. Copy the file again.")
+                filled += n
+            yield piece
+    except OSError as err:
+        raise SourceError(f"{path}: cannot be read: {err.strerror or err}. Copy the file again.") from err
+
+
+class _Stopped(Exception):
+    """The hashing thread's answer to being told to stop."""
+
+
+@contextmanager
+def _verified(path: Path, expected: str | None) -> Iterator[None]:
+    """Hash a file while the block runs; when it ends without an error, wait for the hash and compare. Raises PackageError."""
+    if expected is None:
+        yield
+        return
+    stopped = False
+
+    def go_on(_: int) -> None:
+        if stopped:
+            raise _Stopped
+
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(file_sha256, path, on_bytes=go_on)
+        try:
+            yield
+            try:
+                found = digest.result()
+            except OSError as err:
+                raise SourceError(f"{path}: cannot be read: {err.strerror or err}. Copy the file again.") from err
+        finally:
+            stopped = True
+    if found != expected:
+        raise PackageError(
+            f"{path} does not match its hash ({found[:12]}, the package says {expected[:12]}): it is damaged. Copy the package again."
+        )
