@@ -130,6 +130,7 @@ def export_package(
                 "profile": device.name,
                 "quant": plan.quant,
                 "n_ctx": plan.memory.n_ctx,
+                "kv_type": plan.memory.kv_type,
                 "rate": 0.0,
                 "elastic": elastic,
                 "sort": sort,

@@ -253,7 +253,7 @@ def bench(
 
 
 def load(
-    package: str | Path, *, n_ctx: int | None = None, threads: int | None = None, kv_type: str = "f16", device: str = "cpu"
+    package: str | Path, *, n_ctx: int | None = None, threads: int | None = None, kv_type: str | None = None, device: str = "cpu"
 ) -> Session:
     """Load a package or GGUF file for generation; see `edgeq.runtime.session`. Needs edgeq[llama]."""
     from edgeq.runtime.session import load as open_session

@@ -100,18 +100,21 @@ class Stream(Iterator[str]):
         self._pieces.close()
 
 
-def load(path: Path | str, *, n_ctx: int | None = None, threads: int | None = None, kv_type: str = "f16", device: str = "cpu") -> Session:
+def load(
+    path: Path | str, *, n_ctx: int | None = None, threads: int | None = None, kv_type: str | None = None, device: str = "cpu"
+) -> Session:
     """Load a package folder or a GGUF file for generation.
 
-    n_ctx: tokens of context; by default what the package was planned for, else the model's own up to 4096. threads: by default
-    every core this process may use. device: "cpu", "cuda" or "cuda:N".
+    n_ctx: tokens of context; by default what the package was planned for, else the model's own up to 4096. kv_type: of the cache; by
+    default what the package was planned for, else f16. threads: by default every core this process may use. device: "cpu", "cuda" or
+    "cuda:N".
     Raises PackageError, SourceError, UnsupportedError, RuntimeFailure or MissingDependency.
     """
     artifact, package = resolve_artifact(Path(path))
     gpu = parse_device(device)
     model = LlamaModel.load(artifact, gpu_layers=0 if gpu is None else ALL_LAYERS, main_gpu=gpu or 0)
     try:
-        return Session(model, n_ctx=n_ctx or default_n_ctx(model, package), threads=threads, kv_type=kv_type)
+        return Session(model, n_ctx=n_ctx or default_n_ctx(model, package), threads=threads, kv_type=kv_type or default_kv_type(package))
     except BaseException:
         model.close()
         raise
@@ -121,6 +124,11 @@ def default_n_ctx(model: LlamaModel, package: Package | None) -> int:
     """The context a package was planned for, else the model's own up to MAX_DEFAULT_N_CTX tokens."""
     planned = package.manifest["export"].get("n_ctx") if package is not None else None
     return planned or min(model.n_ctx_train, MAX_DEFAULT_N_CTX)
+
+
+def default_kv_type(package: Package | None) -> str:
+    """The type of cache a package was planned for, else f16."""
+    return (package.manifest["export"].get("kv_type") if package is not None else None) or "f16"
 
 
 class Session:

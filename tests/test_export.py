@@ -119,6 +119,19 @@ def test_a_tensor_lost_in_rounding_fails_the_gate_even_where_logits_hide_it(tmp_
     assert read_package(tmp_path / "out").status == "failed"
 
 
+def test_a_session_has_the_context_and_cache_the_package_was_planned_for(package, tmp_path):
+    import shutil
+
+    shutil.copytree(package, tmp_path / "p")
+    with edgeq.load(tmp_path / "p") as session:
+        planned, n_ctx = session.memory().kv_bytes, session.n_ctx
+    assert n_ctx == read_package(package).manifest["export"]["n_ctx"]
+    assert planned == read_package(package).manifest["plan"]["memory"]["kv_bytes"]
+    edit_json(tmp_path / "p" / "manifest.json", lambda m: m["export"].update(kv_type="f32"))
+    with edgeq.load(tmp_path / "p") as session:
+        assert session.memory().kv_bytes == 2 * planned
+
+
 def test_verify_finds_a_changed_artifact(package, tmp_path):
     import shutil
 
