@@ -64,6 +64,7 @@ class Model:
     name: what to call it ("SmolLM2 135M Instruct"). files: every file it was read from. metadata: general facts for the carrier
     in GGUF's `general.*` spelling without the prefix (name, license, languages, ...). gguf_fields: for a GGUF source, all its
     metadata fields as read (`edgeq.gguf_file.Field`), so that an unchanged export can carry them byte for byte.
+    quantization: method and options of a quantized checkpoint, for people; None for floats and for GGUF, whose grids say it all.
     """
 
     name: str
@@ -74,3 +75,4 @@ class Model:
     format: Literal["hf", "gguf"]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     gguf_fields: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None

@@ -55,8 +55,9 @@ Block = Attention | Mlp
 class ModelSpec:
     """Sizes and constants of one model.
 
-    family: name of a row in `edgeq.families`. n_ctx: tokens the model was trained for. attn_scale multiplies q.k;
-    embed_scale multiplies token embeddings. rope_local is used by blocks whose `rope` is "local".
+    family: name of a row in `edgeq.families`. n_ctx: tokens the model was trained for. attn_scale multiplies q.k and goes by the
+    heads that were trained: it stays when a cut makes them smaller. embed_scale multiplies token embeddings. rope_local is used by
+    blocks whose `rope` is "local".
     biases: canonical tensor roles that carry a bias ("wq", "wo", "up", ...).
     """
 

@@ -120,7 +120,7 @@ def concat_rows(tensors: Sequence[LazyTensor], *, origin: str) -> LazyTensor:
     """Join tensors of equal width along rows; vectors are joined end to end. All in the first one's grid, else in float32."""
     if len(tensors[0].shape) == 1:
         return from_values(np.concatenate([t.decode() for t in tensors]), origin=origin)
-    widths, grids = {t.n_cols for t in tensors}, {t.grid.name for t in tensors}
+    widths, grids = {t.n_cols for t in tensors}, {t.grid for t in tensors}
     if len(widths) > 1:
         raise ShapeError(f"{origin}: cannot join tensors of widths {sorted(widths)}")
     if len(grids) > 1:

@@ -21,7 +21,7 @@ from edgeq.families import GGUF_NAMES, Family, family_of_gguf
 from edgeq.gguf_file import Header, TensorInfo, read_parts
 from edgeq.model import Model
 from edgeq.spec import Attention, Mlp, ModelSpec
-from edgeq.tensors import LazyTensor, check_finite, from_file, slice_rows, take_rows
+from edgeq.tensors import LazyTensor, check_finite, from_file, from_values, slice_rows, take_rows
 
 # `general.*` keys that describe the file, not the model: the carrier writes its own.
 _OF_THE_FILE = frozenset({"architecture", "type", "file_type", "quantization_version", "alignment"})
@@ -204,13 +204,18 @@ def _mlp(stored: _Stored, family: Family, spec: ModelSpec, block: Mlp) -> dict[s
 
 
 def _weights(stored: _Stored, spec: ModelSpec, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
-    """Weights of these shapes by role, and the biases that the spec has for them."""
+    """Weights of these shapes by role, and the biases that the spec has for them: zeros in layers that have none, as in a cut file.
+
+    Loaders that read biases of these roles do not require them.
+    """
     tensors = {}
     for role, shape in shapes.items():
         name = GGUF_NAMES[role].format(i=layer)
         tensors[role + ".weight"] = stored.take(name + ".weight", shape)
         if role in spec.biases:
-            tensors[role + ".bias"] = stored.take(name + ".bias", shape[:1])
+            bias = name + ".bias"
+            none = from_values(np.zeros(shape[0], dtype=np.float32), origin=tensors[role + ".weight"].origin)
+            tensors[role + ".bias"] = stored.take(bias, shape[:1]) if stored.has(bias) else none
     return tensors
 
 

@@ -25,6 +25,8 @@ from edgeq.converters.sources.hf_dialects import (
 from edgeq.converters.sources.hf_layers import FULL, SLIDING, layer_kinds
 from edgeq.converters.sources.hf_rope import read_rope
 from edgeq.converters.sources.json_file import Section, read_json_object
+from edgeq.converters.sources.quantized.methods import check_method
+from edgeq.converters.sources.quantized.options import REMEDY
 from edgeq.errors import ShapeError, SourceError, UnsupportedError
 from edgeq.families import Family, family_of_hf
 from edgeq.rope import RopeSpec
@@ -35,10 +37,14 @@ _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig:
-    """What config.json says. wrapper: set when the text model is a part of a multimodal checkpoint."""
+    """What config.json says. wrapper: set when the text model is a part of a multimodal checkpoint.
+
+    quantization: how weights are quantized, None when they are floats.
+    """
 
     spec: ModelSpec
     wrapper: Wrapper | None = None
+    quantization: Section | None = None
 
 
 def read_config(path: Path) -> HfConfig:
@@ -48,29 +54,35 @@ def read_config(path: Path) -> HfConfig:
 
 def parse_config(values: Mapping[str, Any], path: Path) -> HfConfig:
     """`values` as read from `path`, which is only named in messages."""
-    _refuse_quantized(values, path)
+    quantization = _quantization(Section(values, path))
     architecture = _architecture(values, path)
     wrapper = next((row for row in WRAPPERS if row.architecture == architecture), None)
     if wrapper is None:
         row = _dialect(values, architecture, path)
-        return HfConfig(spec=_spec(values, row, path))
+        return HfConfig(spec=_spec(values, row, path), quantization=quantization)
     inner = Section(values, path).optional_section(wrapper.section)
     if inner is None:
         raise SourceError(f"{path}: {wrapper.section} is missing. The file is not complete: download it again.")
-    _refuse_quantized(inner.values, path)
     text = {"tie_word_embeddings": values["tie_word_embeddings"], **inner.values} if "tie_word_embeddings" in values else inner.values
-    return HfConfig(spec=_spec(text, _dialect_of_type(wrapper.model_type, path), path, within=inner.within), wrapper=wrapper)
+    return HfConfig(
+        spec=_spec(text, _dialect_of_type(wrapper.model_type, path), path, within=inner.within),
+        wrapper=wrapper,
+        quantization=quantization or _quantization(inner),
+    )
 
 
-def _refuse_quantized(values: Mapping[str, Any], path: Path) -> None:
+def _quantization(config: Section) -> Section | None:
+    """The description of quantized weights. Raises UnsupportedError for one that no method of ours goes with."""
     for key in QUANTIZATION:
-        value = values.get(key)
-        if value:
-            method = value.get("quant_method", "unnamed") if isinstance(value, dict) else value
-            raise UnsupportedError(
-                f"{path}: {key} says that the weights are quantized (quant_method {method!r}), which is not read. "
-                "Use the float checkpoint this one was made from, or a GGUF file of it."
-            )
+        value = config.get(key)
+        if value and (not isinstance(value, dict) or key == "quantization"):  # mlx-lm writes `quantization`, and names no method
+            raise UnsupportedError(f"{config.where(key)} says that the weights are quantized, in a way that is not read. {REMEDY}")
+    for key in QUANTIZATION:
+        section = config.optional_section(key)
+        if section is not None:
+            check_method(section)
+            return section
+    return None
 
 
 def _architecture(values: Mapping[str, Any], path: Path) -> str:

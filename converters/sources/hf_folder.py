@@ -37,6 +37,7 @@ def open_hf_folder(folder: Path, *, name: str | None = None) -> Model:
         files=weights.files + beside,
         format="hf",
         metadata={"name": title, **card_metadata(folder / "README.md")},
+        quantization=weights.quantization,
     )
 
 

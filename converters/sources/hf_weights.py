@@ -15,6 +15,7 @@ from edgeq.converters.sources.hf_config import read_config
 from edgeq.converters.sources.hf_tensors import canonical_tensors
 from edgeq.converters.sources.json_file import read_json_object
 from edgeq.converters.sources.pickle_file import read_pickle
+from edgeq.converters.sources.quantized.methods import put_together
 from edgeq.converters.sources.safetensors_file import read_safetensors
 from edgeq.converters.sources.stored import StoredTensor
 from edgeq.errors import SourceError
@@ -29,21 +30,29 @@ Reader = Callable[[Path], dict[str, StoredTensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class HfWeights:
-    """Spec and canonical lazy tensors of a folder; files: what they were read from."""
+    """Spec and canonical lazy tensors of a folder; files: what they were read from.
+
+    quantization: method and options of a quantized checkpoint, None for floats.
+    """
 
     spec: ModelSpec
     tensors: Mapping[str, LazyTensor]
     files: tuple[Path, ...]
+    quantization: Mapping[str, Any] | None = None
 
 
 def read_hf_weights(folder: Path) -> HfWeights:
-    """Everything but the tokenizer. Reads headers only."""
+    """Everything but the tokenizer. Reads headers only, and of quantized weights scales and zero points as far as it has to."""
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise SourceError(_no_config(folder))
     config = read_config(config_file)
     stored, files = _stored_tensors(folder)
-    return HfWeights(spec=config.spec, tensors=canonical_tensors(stored, config, folder), files=(config_file, *files))
+    quantization = None
+    if config.quantization is not None:
+        stored, quantization = put_together(stored, config.quantization)
+    tensors = canonical_tensors(stored, config, folder)
+    return HfWeights(spec=config.spec, tensors=tensors, files=(config_file, *files), quantization=quantization)
 
 
 def _no_config(folder: Path) -> str:

@@ -17,7 +17,8 @@ from edgeq.tensors import Bytes, LazyTensor
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8", "bool": "BOOL"}
+_DTYPES |= {"int16": "I16", "int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _REMEDY = (
     "Convert the model to safetensors on a machine that trusts it: "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
@@ -61,4 +62,9 @@ def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
 
         return LazyTensor(shape=tuple(tensor.shape), grid=grid, read=read, origin=f"{path}: {name}")
 
-    return StoredTensor(file=path, name=name, dtype=_DTYPES.get(dtype, dtype), shape=tuple(tensor.shape), load=load)
+    def data() -> Bytes:
+        import torch
+
+        return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    return StoredTensor(file=path, name=name, dtype=_DTYPES.get(dtype, dtype), shape=tuple(tensor.shape), load=load, data=data)

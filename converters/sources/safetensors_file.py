@@ -17,10 +17,12 @@ from typing import Any, BinaryIO, NoReturn
 from edgeq.converters.sources.stored import StoredTensor
 from edgeq.errors import SourceError
 from edgeq.grids import Grid
-from edgeq.tensors import LazyTensor, from_file
+from edgeq.tensors import Bytes, LazyTensor, from_file
 
 # The library that defines the format accepts no longer header.
 MAX_HEADER_BYTES = 100_000_000
+
+_BYTE = Grid("bytes", -1, 1, 1)  # data that is not looked at value by value
 
 # Bits of a value. A name that is not here is kept, and refused where the tensor is used.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
@@ -83,12 +85,15 @@ class _Entry:
             _fail(path, f"gives {name!r} {stated} bytes, but shape {list(shape)} in {dtype} needs {needed}")
 
     def stored(self, data_start: int) -> StoredTensor:
-        path, name, shape, offset = self.path, self.name, self.shape, data_start + self.begin
+        path, name, shape, offset, n_bytes = self.path, self.name, self.shape, data_start + self.begin, self.end - self.begin
 
         def load(grid: Grid) -> LazyTensor:
             return from_file(path, offset=offset, shape=shape, grid=grid, origin=f"{path}: {name}")
 
-        return StoredTensor(file=path, name=name, dtype=self.dtype, shape=shape, load=load)
+        def data() -> Bytes:
+            return from_file(path, offset=offset, shape=(n_bytes,), grid=_BYTE, origin=f"{path}: {name}").packed()[0]
+
+        return StoredTensor(file=path, name=name, dtype=self.dtype, shape=shape, load=load, data=data)
 
 
 def _check_cover(entries: list[_Entry], data_size: int, path: Path) -> None:

@@ -189,6 +189,7 @@ MODELS: Mapping[str, Callable[[], Draft]] = {
     "llama full heads": lambda: all_kv_heads(llama()),
     "llama per-layer": lambda: llama().set("attention.head_count", [4, 4]).set("feed_forward_length", [160, 160]),
     "llama biases": lambda: llama().bias(*ALL_BIASES),
+    "llama bias in one layer": lambda: without("blk.0.ffn_down.bias", llama().bias("attn_output", "ffn_down")),
     "llama fused": lambda: llama().bias("attn_q", "attn_k", "attn_v").fuse(),
     "llama fused weights only": lambda: fused_weights_only(llama().bias("attn_q", "attn_k", "attn_v")),
     "llama factors": lambda: llama().factors("rope_freqs", 1.0, 8.0),

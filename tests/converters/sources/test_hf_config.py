@@ -665,9 +665,11 @@ UNSUPPORTED = [
     ("llama", {"head_dim": 23}, "m/config.json: 23 of 23 dimensions of a head would rotate; supported: an even number"),
     (
         "llama",
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        r"quantization_config says that the weights are quantized \(quant_method 'gptq'\)",
+        {"quantization_config": {"quant_method": "aqlm", "nbits_per_codebook": 16}},
+        r"config.json: quantization_config has quant_method 'aqlm'; supported: awq, bitsandbytes, .*Use the float checkpoint",
     ),
+    ("llama", {"quantization_config": {"bits": 4}}, r"quantization_config names no quant_method; supported: awq"),
+    ("llama", {"compression_config": "int8"}, r"compression_config says that the weights are quantized, in a way that is not read"),
     ("llama", {"quantization": {"group_size": 64, "bits": 4}}, "Use the float checkpoint this one was made from, or a GGUF file of it"),
 ]
 

@@ -369,9 +369,9 @@ def test_no_config(tmp_path: Path) -> None:
 
 def test_quantized_checkpoint_is_refused_before_its_tensors(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "m", "llama")
-    edit_json(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    edit_json(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": "higgs", "bits": 4}))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedError, match=r"quantization_config says that the weights are quantized \(quant_method 'bitsandbytes'"):
+    with pytest.raises(UnsupportedError, match=r"quantization_config has quant_method 'higgs'; supported: awq"):
         read_hf_weights(folder)
 
 

@@ -36,7 +36,7 @@ def test_tensors_decode_to_their_values(tmp_path: Path, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
 def test_other_types_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
     stored = read_pickle(saved(tmp_path, {"m": torch.ones(2, 2).to(dtype)}))
-    with pytest.raises(UnsupportedError, match=r"pytorch_model.bin: m is stored as (F64|int32); supported: F32, F16, BF16"):
+    with pytest.raises(UnsupportedError, match=r"pytorch_model.bin: m is stored as (F64|I32); supported: F32, F16, BF16"):
         stored["m"].open()
 
 
