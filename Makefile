@@ -20,7 +20,9 @@ export TOKENIZERS_PARALLELISM ?= false
 
 demo: $(VENV)/.demo
 	$(BIN)/edgeq export demo --profile laptop-cpu -o build/demo --force
-	$(BIN)/edgeq bench build/demo
+	rm -f build/demo-25.gguf
+	$(BIN)/edgeq cut build/demo -o build/demo-25.gguf --rate 0.25
+	$(BIN)/edgeq bench build/demo build/demo-25.gguf
 	$(BIN)/edgeq run build/demo -p "The capital of France is"
 
 test: lint

@@ -1,43 +1,47 @@
-"""The export pipeline, read top to bottom: open, plan, check, calibrate, write, prove, sign.
+"""The export pipeline, read top to bottom: open, decide on adapters, draft, check, sort, calibrate, write, prove, sign.
 
-The gate runs the artifact in its real runtime, which converters do not know: it comes in as a callable. Everything is written to a
-staging folder that gets its final name only when the manifest stands.
+The gate runs the artifact in its real runtime, which converters do not know: it comes in as a callable, and so does what a cut comes to.
+Everything is written to a staging folder that gets its final name only when the manifest stands.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeq.calibration import importance, split
-from edgeq.converters.gguf.carrier import Written, plan_tensors, write_model
-from edgeq.converters.gguf.encode import RegridError
-from edgeq.converters.gguf.lowering import Lowered, lower
-from edgeq.converters.gguf.mixes import choose_grids, fallback_notes
+from edgeq.calibration import SORTING_TOKENS, Importance, importance, sorting_windows, split
+from edgeq.converters.adapters.request import NO_ADAPTERS, AdapterWish, open_adapters
+from edgeq.converters.disposition import decide, factor_grid
+from edgeq.converters.draft import AS_ALLOWED, RATES, Draft, Wish, draft_export, plan_export, refitted
+from edgeq.converters.gguf.carrier import write_model
+from edgeq.converters.gguf.lowering import lower
+from edgeq.converters.kept_files import KeptFile, merged_entry, write_kept
+from edgeq.converters.records import fingerprint, hash_inputs, regrid_summary, rounding_faults, versions
+from edgeq.converters.sorted_model import pruned_model, sort_model, sorted_model
 from edgeq.converters.sources.resolve import open_model
+from edgeq.elastic import MAX_RATE, CutSize
+from edgeq.elastic_files import write_elastic
 from edgeq.errors import SourceError
 from edgeq.gate import GateResult
-from edgeq.grids import Grid
-from edgeq.model import Model, Vocabulary
+from edgeq.model import Model
 from edgeq.output import check_disk, check_target, staged_folder
-from edgeq.package import ArtifactRecord, FileRecord, Package, read_package, record_files, sha256, write_manifest
-from edgeq.planning import Layout, Plan, check_ram, export_bytes, make_plan
-from edgeq.profiles import DeviceProfile, load_profile
+from edgeq.package import ArtifactRecord, Package, read_package, record_files, write_manifest
+from edgeq.planning import Plan, check_ram, export_bytes, side_bytes, sorting_bytes
+from edgeq.profiles import load_profile
 from edgeq.progress import Progress, silent
 from edgeq.reference import Reference
+from edgeq.sorting import Sorting
+from edgeq.spec import ModelSpec
 
 WINDOW = 512  # tokens per calibration window
 MIN_WINDOW = 16  # for texts so short that four windows of 512 do not come out of them
-WINDOWS = 16  # windows behind the importance matrix
+WINDOWS = 16  # windows behind the importance matrix; sorting has its own
 HELD_BACK = 1  # windows of the calibration text that only the gate sees
-MOST_LOST = 0.5  # of a tensor's squared values; Q2_K loses about 0.1 of Gaussian ones
-SIDE_BYTES = 2 << 20  # room for manifest and side files in the disk check
 
 
 class Gate(Protocol):
@@ -46,13 +50,27 @@ class Gate(Protocol):
     def __call__(self, artifact: Path, source: Source, progress: Progress) -> tuple[GateResult, Sequence[Path]]: ...
 
 
+class CutSizes(Protocol):
+    """What cuts of an elastic package come to, rate by rate."""
+
+    def __call__(self, package: Path, rates: Sequence[float]) -> Sequence[CutSize]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What the gate compares with. held_back: windows of the calibration text that calibration did not see."""
+    """What the gate compares with: for a pruned package the pruned model in float, else the model as it came.
+
+    stored: spec of the model in the order of the file, which may turn pairs of dimensions in another order than the source does.
+    held_back: windows of the calibration text that calibration did not see. elastic: the artifact's folder is a package that can be cut.
+    kept: adapters beside the artifact.
+    """
 
     model: Model
+    stored: ModelSpec
     plan: Plan
     held_back: Sequence[Sequence[int]]
+    elastic: bool = False
+    kept: Sequence[KeptFile] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +91,32 @@ class CalibrationText:
         return {"name": self.name, "sha256": hashlib.sha256(self.text.encode()).hexdigest()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What is to be written. model: in the order of the file. source: the same function in float. importance: if it is
+    known already. removed_fraction: what was pruned.
+    """
+
+    model: Model
+    source: Model
+    plan: Plan
+    elastic: Sorting | None = None
+    importance: Importance | None = None
+    removed_fraction: float = 0.0
+
+
 def export_package(
     model_ref: str | Path,
     *,
     output: Path | None,
     profile: str | Path,
     gate: Gate | None,
+    cut_sizes: CutSizes,
     quant: str = "auto",
+    wish: Wish = AS_ALLOWED,
+    adapters: AdapterWish = NO_ADAPTERS,
     calibration: Path | None = None,
     n_ctx: int | None = None,
-    sort: str = "none",
-    elastic: bool = False,
     dry_run: bool = False,
     force: bool = False,
     threads: int | None = None,
@@ -98,55 +131,146 @@ def export_package(
     """
     device = load_profile(profile)
     text = read_calibration(calibration)
-    model = open_model(model_ref, progress=progress)
+    base = open_model(model_ref, progress=progress)
+    opened = open_adapters(adapters, base)
+    files = (*base.files, *(file for adapter, _ in opened for file in adapter.files))
     if output is not None:
-        check_target(output, force=force, inputs=model.files)
-    lowered = lower(model)
-    plan = plan_export(lowered, model, device, quant, n_ctx=n_ctx)
-    on_plan(plan)
+        check_target(output, force=force, inputs=files)
+    decided = decide(
+        base,
+        opened,
+        adapters,
+        device,
+        lambda variant: draft_export(variant, device, quant, wish, n_ctx=n_ctx),
+        lambda: base.tokenizer.encode(text.text),
+        progress=progress,
+    )
+    model, draft = decided.model, decided.draft
+    on_plan(draft.plan)
     if dry_run or output is None:
-        return Export(plan=plan)
+        return Export(plan=draft.plan)
 
-    check_disk(output, plan.file_bytes + SIDE_BYTES)
-    check_ram(export_bytes(model.spec, WINDOW * WINDOWS))
-    with staged_folder(output, force=force, inputs=model.files) as stage:
-        inputs = hash_inputs(model.files, progress)
-        windows, held_back = calibration_windows(model, text)
-        used = importance(Reference(model.spec, model.tensors), windows, progress=progress) if plan.needs_importance else None
-        artifact = stage / artifact_name(model.name, plan.quant)
+    beside = sum(kept.plan.keep.adapter_bytes for kept in decided.kept)
+    check_disk(output, draft.plan.file_bytes + beside + side_bytes(model.spec, elastic=draft.elastic) + _proof_bytes(draft))
+    check_ram(max(export_bytes(model.spec, WINDOW * WINDOWS), sorting_bytes(model.spec, SORTING_TOKENS) if _sorts(draft) else 0))
+    with staged_folder(output, force=force, inputs=files) as stage:
+        inputs = hash_inputs(base.files, progress)
+        ids = model.tokenizer.encode(text.text)
+        windows, held_back = calibration_windows(ids, model.spec.n_ctx)
+        checked: list[list[int]] = []
+        if _sorts(draft):
+            unseen = sum(map(len, held_back))
+            windows, checked = sorting_windows(ids[: len(ids) - unseen], model.spec.n_ctx)
+        made = make(
+            model,
+            draft,
+            windows,
+            checked,
+            lambda small: plan_export(lower(small, elastic=True), small, device, draft.plan.quant, n_ctx=n_ctx),
+            progress=progress,
+        )
+        plan = made.plan
+        used = made.importance if plan.needs_importance else None
+        if plan.needs_importance and used is None:
+            used = importance(Reference(made.model.spec, made.model.tensors), windows, progress=progress)
+        lowered = lower(made.model, elastic=draft.cuts is not None)
+        artifact = stage / artifact_name(model.name, plan.quant, draft.prune)
         grids = {tensor.name: tensor.grid for tensor in plan.tensors}
         written = write_model(artifact, lowered, grids, used, threads=threads, measure=True, progress=progress)
-        verdict: GateResult | None = None
-        side_paths: Sequence[Path] = ()
-        if gate is not None:
-            verdict, side_paths = gate(artifact, Source(model=model, plan=plan, held_back=held_back), progress)
-            verdict = replace(verdict, failures=(*verdict.failures, *rounding_faults(written)))
+        side_paths: list[Path] = []
+        if made.elastic is not None:
+            found = made.elastic
+            side_paths += write_elastic(stage, ladder=found.ladder, hidden=found.hidden, orders=found.orders, sort=draft.sort)
         record = ArtifactRecord(path=artifact.name, format="gguf", bytes=written.nbytes, sha256=written.sha256)
-        manifest = {
-            "status": "unverified" if verdict is None else "passed" if verdict.passed else "failed",
+        kept = write_kept(
+            stage,
+            decided.kept,
+            base.spec,
+            made.model,
+            lowered,
+            made.elastic,
+            grid=factor_grid(plan),
+            base_sha256=record.sha256,
+            progress=progress,
+        )
+        manifest: dict[str, Any] = {
+            "status": "unverified",
             "model": {"name": model.name, "family": model.spec.family, "architecture": lowered.arch, "tensors": len(lowered.tensors)},
-            "source": {"format": model.format, "files": [file.to_json() for file in inputs]},
+            "source": {
+                "format": model.format,
+                "quantization": None if model.quantization is None else dict(model.quantization),
+                "files": [file.to_json() for file in inputs],
+            },
             "export": {
                 "profile": device.name,
                 "quant": plan.quant,
                 "n_ctx": plan.memory.n_ctx,
                 "kv_type": plan.memory.kv_type,
-                "rate": 0.0,
-                "elastic": elastic,
-                "sort": sort,
-                "calibration": None if used is None else {**text.to_json(), "tokens": sum(map(len, windows))},
+                "rate": draft.prune,
+                "removed_fraction": made.removed_fraction,
+                "elastic": draft.elastic,
+                "sort": draft.sort,
+                "calibration": {**text.to_json(), "tokens": sum(map(len, (*windows, *checked)))} if used or draft.sort != "none" else None,
             },
             "plan": plan.to_json(),
             "artifacts": [record.to_json()],
-            "side_files": [file.to_json() for file in record_files(stage, side_paths)],
+            "side_files": _records(stage, side_paths),
             "tokenizer": {**fingerprint(model.tokenizer.vocabulary), "differs": list(model.tokenizer.differs)},
-            "adapters": [],
+            "adapters": [
+                *(merged_entry(one, adapter, progress) for one, adapter in decided.merged),
+                *(file.record.to_json() for file in kept),
+            ],
             "regrid": regrid_summary(written),
-            "gate": None if verdict is None else verdict.to_json(),
+            "gate": None,
             "tools": versions(),
         }
+        write_manifest(stage, manifest)  # a package from here on, as a device will find it
+        if made.elastic is not None and draft.cuts is not None:
+            sizes = [size.to_json() for size in cut_sizes(stage, RATES)]
+            manifest["elastic"] = {"max_rate": MAX_RATE, "sizes": sizes, "cuttable": draft.cuts.to_json()}
+        verdict: GateResult | None = None
+        if gate is not None:
+            source = Source(model=made.source, stored=made.model.spec, plan=plan, held_back=held_back, elastic=draft.elastic, kept=kept)
+            verdict, more_paths = gate(artifact, source, progress)
+            verdict = replace(verdict, failures=(*verdict.failures, *rounding_faults(written)))
+            manifest["status"] = "passed" if verdict.passed else "failed"
+            manifest["side_files"] += _records(stage, more_paths)
+            manifest["gate"] = verdict.to_json()
         write_manifest(stage, manifest)
     return Export(plan=plan, package=read_package(output), gate=verdict)
+
+
+def make(
+    model: Model,
+    draft: Draft,
+    windows: Sequence[Sequence[int]],
+    checked: Sequence[Sequence[int]],
+    plan_pruned: Callable[[Model], Plan],
+    *,
+    progress: Progress = silent,
+) -> _Made:
+    """Sort the model, and prune it, as the draft has it. checked: windows that show how far compensation can be trusted."""
+    if draft.cuts is None:
+        return _Made(model=model, source=model, plan=draft.plan)
+    found, used = sort_model(model, draft.cuts, draft.sort, windows, checked, progress=progress)
+    if draft.elastic:
+        whole = sorted_model(model, found)
+        return _Made(model=whole, source=model, plan=refitted(draft.plan, lower(whole, elastic=True)), elastic=found, importance=used)
+    small, removed = pruned_model(model, found, draft.prune)
+    return _Made(model=small, source=small, plan=plan_pruned(small), removed_fraction=removed)
+
+
+def _records(stage: Path, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    return [file.to_json() for file in record_files(stage, paths)]
+
+
+def _sorts(draft: Draft) -> bool:
+    return draft.sort != "none"
+
+
+def _proof_bytes(draft: Draft) -> int:
+    """Room for the cut that the gate tries."""
+    return draft.plan.cut_sizes[0].bytes if draft.elastic else 0
 
 
 def read_calibration(path: Path | None) -> CalibrationText:
@@ -162,87 +286,13 @@ def read_calibration(path: Path | None) -> CalibrationText:
         raise SourceError(f"{path}: cannot be read ({err.strerror}).") from err
 
 
-def plan_export(lowered: Lowered, model: Model, device: DeviceProfile, quant: str, *, n_ctx: int | None) -> Plan:
-    """Choose grids for the device from headers alone. Raises PlanError when nothing fits, UnsupportedError for an unknown quant."""
-
-    def lay_out(name: str) -> Layout:
-        grids, _ = settled_grids(name, lowered)
-        plan = plan_tensors(lowered, grids)
-        return Layout(tensors=plan.tensors, file_bytes=plan.nbytes)
-
-    plan = make_plan(device, quant, lay_out, model.spec, n_ctx=n_ctx)
-    _, has_importance = settled_grids(plan.quant, lowered)
-    return plan.with_notes(*lowered.notes, *fallback_notes(plan.quant, lowered, has_importance=has_importance))
-
-
-def settled_grids(quant: str, lowered: Lowered) -> tuple[dict[str, Grid], bool]:
-    """Grids of a quant, and whether they are those chosen for encoding with importance.
-
-    Some quants choose otherwise with importance than without. A source that already has the grids of either is not encoded again.
-    """
-    for has_importance in (False, True):
-        grids = choose_grids(quant, lowered, has_importance=has_importance)
-        if not any(t.tensor.grid != grids[t.name] and not grids[t.name].is_float for t in lowered.tensors):
-            return grids, has_importance
-    return grids, True
-
-
-def calibration_windows(model: Model, text: CalibrationText) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows to calibrate on, and those that only the gate sees. Shorter windows when the model's context or the text is short."""
-    ids = model.tokenizer.encode(text.text)
-    length = min(WINDOW, model.spec.n_ctx, max(len(ids) // 4, MIN_WINDOW))
+def calibration_windows(ids: Sequence[int], n_ctx: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows for the importance matrix, and those that only the gate sees. Shorter when the model's context or the text is short."""
+    length = min(WINDOW, n_ctx, max(len(ids) // 4, MIN_WINDOW))
     return split(ids, length=length, count=WINDOWS, held_back=HELD_BACK)
 
 
-def hash_inputs(files: Sequence[Path], progress: Progress) -> list[FileRecord]:
-    sizes = [file.stat().st_size for file in files]
-    done, total = 0, sum(sizes)
-
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        progress("hash", done, total)
-
-    return [FileRecord(path=f.name, bytes=size, sha256=sha256(f, on_bytes=count)) for f, size in zip(files, sizes, strict=True)]
-
-
-def artifact_name(model_name: str, quant: str) -> str:
-    """A file name that says what is in it: "smollm2-135m-instruct-Q4_0.gguf"."""
+def artifact_name(model_name: str, quant: str, rate: float = 0.0) -> str:
+    """A file name that says what is in it: "smollm2-135m-instruct-Q4_0.gguf", with "-pruned25" before the end for a rate of 0.25."""
     slug = re.sub(r"[^a-z0-9.]+", "-", model_name.lower()).strip("-.") or "model"
-    return f"{slug}-{quant}.gguf"
-
-
-def fingerprint(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What tells two tokenizers apart: hashes of the vocabulary with its merges, and of the chat template."""
-    content = json.dumps([vocabulary.kind, vocabulary.pre, vocabulary.tokens, vocabulary.types, vocabulary.merges], ensure_ascii=False)
-    template = vocabulary.chat_template
-    return {
-        "kind": vocabulary.kind,
-        "pre": vocabulary.pre,
-        "n_tokens": len(vocabulary.tokens),
-        "sha256": hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest(),
-        "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
-    }
-
-
-def regrid_summary(written: Written) -> dict[str, Any]:
-    """What changing grids lost, per kind of tensor: relative squared error, plain and weighted by importance."""
-    by_role: dict[str, RegridError] = {}
-    for tensor in written.tensors:
-        error = written.errors.get(tensor.name)
-        if error is not None:
-            by_role[tensor.role] = by_role[tensor.role] + error if tensor.role in by_role else error
-    return {role: {"relative": e.relative, "weighted_relative": e.weighted_relative} for role, e in by_role.items()}
-
-
-def rounding_faults(written: Written) -> list[str]:
-    """Tensors of which rounding kept next to nothing, as sentences: in a coarse format one lost tensor may hide in the logits."""
-    return [
-        f"{t.name}: rounding to {t.grid.name} lost {error.relative:.0%} of it (squared error relative to its values)"
-        for t in written.tensors
-        if (error := written.errors.get(t.name)) is not None and error.relative > MOST_LOST
-    ]
-
-
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("edgeq", "gguf", "llama-cpp-python", "numpy", "torch")}
+    return f"{slug}-{quant}{f'-pruned{round(100 * rate)}' if rate else ''}.gguf"

@@ -11,18 +11,38 @@ Importing edgeq is cheap: everything heavy loads inside the functions that need 
 
 __version__ = "0.1.0"
 
-from edgeq.api import ExportResult, Verification, bench, evaluate, export, inspect, load, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from edgeq.errors import EdgeqError
 
+if TYPE_CHECKING:
+    from edgeq.api import CutFile, ExportResult, Verification, bench, cut, evaluate, export, inspect, load, verify
+
 __all__ = [
+    "CutFile",
     "EdgeqError",
     "ExportResult",
     "Verification",
     "__version__",
     "bench",
+    "cut",
     "evaluate",
     "export",
     "inspect",
     "load",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the API, when they are first used: cutting on a device starts without the rest."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("edgeq.api"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,24 +6,33 @@ The one place besides `cli` where converters and runtime meet. Everything heavy 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeq.errors import MissingDependency, SourceError, UsageError
+from edgeq.adapter_records import AdapterRecord, find_adapter, package_adapters
+from edgeq.errors import EdgeqError, MissingDependency, PlanError, SourceError, UnsupportedError, UsageError
 from edgeq.output import check_file_target, staged_file
-from edgeq.package import ArtifactRecord, Status, check_files, is_package, read_package, resolve_artifact
+from edgeq.package import ArtifactRecord, Status, check_files, check_record, is_package, read_package, resolve_artifact
 from edgeq.progress import Progress, silent
+from edgeq.sizes import parse_bytes
+from edgeq.spec import Mlp, ModelSpec
 
 FINGERPRINT = "reference.npz"
 
 if TYPE_CHECKING:
+    from edgeq.converters.adapters.request import Mode
     from edgeq.converters.export import Gate, Source
+    from edgeq.converters.kept_files import KeptFile
+    from edgeq.elastic import CutSize
     from edgeq.gate import GateResult
     from edgeq.planning import Plan
     from edgeq.runtime.bench import BenchResult
+    from edgeq.runtime.elastic_package import ElasticPackage, Size
     from edgeq.runtime.quality import Evaluation
     from edgeq.runtime.session import Session
 
@@ -32,24 +41,30 @@ if TYPE_CHECKING:
 class ExportResult:
     """What `export` did. package is the folder, None after a dry run; gate is None when it was not run.
 
-    peak_rss_bytes: most memory this process ever had resident; None where the system does not tell.
+    regrid: what rounding lost, by kind of tensor and in `total`: squared error relative to squared values, plain and by importance.
+    Empty when everything was copied. peak_rss_bytes: most memory this process ever had resident; None where the system does not tell.
+    adapters: files of those that were kept.
     """
 
     plan: Plan
     package: Path | None
     artifacts: tuple[ArtifactRecord, ...]
+    regrid: Mapping[str, Mapping[str, float]]
     gate: GateResult | None
     seconds: float
     peak_rss_bytes: int | None
+    adapters: tuple[AdapterRecord, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "package": None if self.package is None else str(self.package),
             "artifacts": [artifact.to_json() for artifact in self.artifacts],
             "plan": self.plan.to_json(),
+            "regrid": {kind: dict(lost) for kind, lost in self.regrid.items()},
             "gate": None if self.gate is None else self.gate.to_json(),
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "adapters": [adapter.to_json() for adapter in self.adapters],
         }
 
 
@@ -59,8 +74,15 @@ def export(
     profile: str | Path,
     output: str | Path | None = None,
     quant: str = "auto",
-    sort: Literal["none"] = "none",
-    elastic: bool = False,
+    sort: Literal["edgeq", "uniql", "none"] | None = None,
+    elastic: bool | None = None,
+    prune: float = 0.0,
+    adapters: Sequence[str | Path] = (),
+    adapter_mode: Mode | None = None,
+    adapter_rank: int | None = None,
+    approx_rank: int | None = None,
+    approx_energy: float | None = None,
+    other_base: bool = False,
     calibration: str | Path | None = None,
     n_ctx: int | None = None,
     dry_run: bool = False,
@@ -72,10 +94,17 @@ def export(
 ) -> ExportResult:
     """Export a model to a package folder for a device; see `edgeq export --help`. Needs edgeq[export].
 
+    elastic: None makes the package elastic where the model can be cut; True insists, False makes it of one size. prune: cut that one size
+    by this rate. sort: the order in which parts may go, "edgeq" by default where anything is cut.
+    adapters: PATH[=NAME][:SCALE] each. adapter_mode: "merge" them into the weights, "keep" them beside these, or "auto", which decides by
+    profile and measurement. adapter_rank: directions to take of nested adapters. approx_rank, approx_energy: keep changes of full rank
+    as their best low-rank factors. other_base: take adapters that say they were made for other weights.
     A package that fails its gate is written, marked failed and returned: look at `result.gate.passed`.
     Raises an EdgeqError for anything else that goes wrong; then nothing is left under the output's name.
     """
     try:
+        from edgeq.converters.adapters.request import AdapterWish, parse_references
+        from edgeq.converters.draft import Wish
         from edgeq.converters.export import export_package
     except ModuleNotFoundError as err:
         raise MissingDependency(err.name or "torch", "export") from err
@@ -89,9 +118,17 @@ def export(
         output=None if output is None else Path(output),
         profile=profile,
         gate=_gate(threads) if verify else None,
+        cut_sizes=_cut_sizes,
         quant=quant,
-        sort=sort,
-        elastic=elastic,
+        wish=Wish(elastic=elastic, sort=sort, prune=prune),
+        adapters=AdapterWish(
+            requests=parse_references(adapters),
+            mode=adapter_mode,
+            rank=adapter_rank,
+            approx_rank=approx_rank,
+            approx_energy=approx_energy,
+            other_base=other_base,
+        ),
         calibration=None if calibration is None else Path(calibration),
         n_ctx=n_ctx,
         dry_run=dry_run,
@@ -104,9 +141,11 @@ def export(
         plan=result.plan,
         package=None if result.package is None else result.package.folder,
         artifacts=() if result.package is None else result.package.artifacts,
+        regrid={} if result.package is None else result.package.manifest["regrid"],
         gate=result.gate,
         seconds=time.monotonic() - start,
         peak_rss_bytes=peak_rss_bytes(),
+        adapters=() if result.package is None else tuple(package_adapters(result.package).values()),
     )
 
 
@@ -114,11 +153,12 @@ def _gate(threads: int | None) -> Gate:
     """The gate as the export pipeline calls it: llama.cpp in a child process against the torch reference.
 
     Where weights were rounded, the artifact is also compared with the reference on its own weights: that finds what the loss of a
-    coarse grid would hide. Over the passages only, which saves half of the second pass.
+    coarse grid would hide. Over the passages only, which saves half of the second pass. So is a cut of an elastic artifact.
     """
     from edgeq.converters.sources.gguf import read_gguf_model
     from edgeq.gate import thresholds_for
     from edgeq.gate_prompts import gate_windows, passage_windows
+    from edgeq.ports import widened
     from edgeq.reference import Reference
     from edgeq.reference_scores import TorchScores
     from edgeq.runtime.fingerprint import make_fingerprint
@@ -133,16 +173,175 @@ def _gate(threads: int | None) -> Gate:
         thresholds = thresholds_for(encoded, copied=[tensor.grid for tensor in matrices if tensor.action == "copy"])
         own = None
         if any(not grid.is_float for grid in encoded):
-            rounded = Reference(model.spec, read_gguf_model(artifact).tensors)  # the source's spec: the file's may be what is wrong
+            held = read_gguf_model(artifact)
+            turns_whole = held.spec.rope.dim == held.spec.attention[0].head_dim
+            spec = widened(source.stored, {})[0] if turns_whole else source.stored  # not the file's own: that may be what is wrong
+            rounded = Reference(spec, held.tensors)
             passages = passage_windows(model.tokenizer, n_ctx=n_ctx)
             own_scores = TorchScores(rounded, passages, n_ctx=scores.n_ctx, progress=progress)
             own = (own_scores, thresholds_for((), copied=[tensor.grid for tensor in matrices]))
         verdict = run_gate(artifact, scores, tokenizer=model.tokenizer, thresholds=thresholds, own=own, threads=threads, progress=progress)
+        passages = passage_windows(model.tokenizer, n_ctx=n_ctx) if source.kept else []
+        for kept in source.kept:
+            verdict = _prove_kept(verdict, artifact, kept, passages, threads=threads, progress=progress)
+        if source.elastic and verdict.passed:
+            verdict = _prove_cut(verdict, artifact, source, threads=threads, progress=progress)
         fingerprint = artifact.parent / FINGERPRINT
         make_fingerprint(scores, tokenizer=model.tokenizer, thresholds=thresholds).save(fingerprint)
         return verdict, [fingerprint]
 
     return prove
+
+
+def _prove_kept(
+    verdict: GateResult, artifact: Path, kept: KeptFile, windows: Sequence[Sequence[int]], *, threads: int | None, progress: Progress
+) -> GateResult:
+    """The artifact with an adapter beside it, over the passages, by the artifact's own limits."""
+    from edgeq.reference import Reference
+    from edgeq.reference_scores import TorchScores
+    from edgeq.runtime.verify import check_kept
+
+    scores = TorchScores(Reference(kept.reference.spec, kept.reference.tensors), windows, progress=progress)
+    found = check_kept(artifact, kept.path, scores, thresholds=verdict.thresholds, threads=threads, progress=progress)
+    measured = {kept.name: found.values["fidelity"]} if found.values else {}
+    failures = [f"with adapter {kept.name!r}: {failure}" for failure in found.failures]
+    return replace(verdict, failures=(*verdict.failures, *failures), adapters={**verdict.adapters, **measured})
+
+
+def _cut_sizes(package: Path, rates: Sequence[float]) -> Sequence[CutSize]:
+    from edgeq.runtime.elastic_package import open_elastic
+
+    opened = open_elastic(package)
+    return opened.elastic.ladder.sizes(opened.bytes_of, rates)
+
+
+def _sizes(spec: ModelSpec) -> list[tuple[int, ...]]:
+    """What a cut changes of every block."""
+    return [(b.layer, b.n_ff) if isinstance(b, Mlp) else (b.layer, b.n_heads, b.n_kv_heads, b.head_dim) for b in spec.blocks]
+
+
+PROVEN_RATE = 0.25  # of the cut that the gate tries
+
+
+def _prove_cut(verdict: GateResult, artifact: Path, source: Source, *, threads: int | None, progress: Progress) -> GateResult:
+    """Cut the package as a device will, and compare llama.cpp's outputs with the reference on what the cut holds."""
+    from edgeq.converters.sources.gguf import read_gguf_model
+    from edgeq.gate import Fidelity, thresholds_for
+    from edgeq.gate_prompts import passage_windows
+    from edgeq.ports import with_sizes
+    from edgeq.reference import Reference
+    from edgeq.reference_scores import TorchScores
+    from edgeq.runtime.elastic_package import open_elastic
+    from edgeq.runtime.verify import run_gate
+
+    model, n_ctx = source.model, min(source.model.spec.n_ctx, source.plan.memory.n_ctx)
+    package, cut = open_elastic(artifact.parent), artifact.parent / "proof.gguf"
+    size = package.at_rate(PROVEN_RATE)
+    thresholds = thresholds_for((), copied=[tensor.grid for tensor in source.plan.tensors if len(tensor.shape) == 2])
+    try:
+        package.cut(size, cut, threads=threads)
+        left = read_gguf_model(cut)
+        passages = passage_windows(model.tokenizer, n_ctx=n_ctx)
+        scores = TorchScores(Reference(left.spec, left.tensors), passages, progress=progress)
+        found = run_gate(cut, scores, tokenizer=model.tokenizer, thresholds=thresholds, threads=threads, progress=progress)
+    finally:
+        cut.unlink(missing_ok=True)
+    failures = list(found.failures)
+    if _sizes(left.spec) != _sizes(with_sizes(model.spec, size.kept)):
+        failures.append("it has other sizes than its ladder says")
+    fidelity = None
+    if found.kl_mean is not None and found.kl_p99 is not None and found.top1_agreement is not None:
+        fidelity = Fidelity(
+            thresholds=thresholds, tokens=found.tokens, kl_mean=found.kl_mean, kl_p99=found.kl_p99, top1_agreement=found.top1_agreement
+        )
+    failures = [f"cut by {PROVEN_RATE:.0%}: {failure}" for failure in failures]
+    return replace(verdict, failures=(*verdict.failures, *failures), cut=fidelity, cut_rate=PROVEN_RATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutFile:
+    """A cut that was written. rate: as asked for; for a budget, as reached. removed_fraction: of the parameters of all blocks.
+
+    adapter_path: the adapter that was cut with it; None without one.
+    """
+
+    path: Path
+    bytes: int
+    rate: float
+    removed_fraction: float
+    seconds: float
+    adapter_path: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "rate": round(self.rate, 6),
+            "removed_fraction": round(self.removed_fraction, 6),
+            "seconds": round(self.seconds, 3),
+            "adapter_path": None if self.adapter_path is None else str(self.adapter_path),
+        }
+
+
+def cut(
+    package: str | Path,
+    *,
+    output: str | Path,
+    rate: float | None = None,
+    budget: int | str | None = None,
+    adapter: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> CutFile:
+    """Cut an elastic package to a stock GGUF file, by a rate or to a budget of bytes (a number, or text like "70MB"). Needs no torch.
+
+    adapter: also cut this adapter of the package, by name, or a GGUF adapter of its artifact, by path; "small.gguf" gets
+    "small-NAME.lora.gguf" beside it, on which the budget does not count.
+    Raises UsageError unless exactly one of rate and budget is given, and for an output that is no .gguf file; PlanError for a rate
+    outside 0 to 0.35, a budget below the smallest cut, or a cut that leaves nothing of the adapter; AdapterError for one that is not the
+    package's; PackageError for what is no elastic package, or a damaged one; OutputError
+    when the output exists, is an input, or cannot be written. Then nothing is left under the output's name.
+    """
+    from edgeq.runtime.elastic_package import open_elastic
+
+    start = time.monotonic()
+    if (rate is None) == (budget is None):
+        raise UsageError("a cut needs either a rate or a budget: give one of --rate and --budget.")
+    target = Path(output)
+    if target.suffix != ".gguf":
+        raise UsageError(f"{target}: a cut is a GGUF file; give a name that ends in .gguf.")
+    elastic = open_elastic(Path(package))
+    check_file_target(target, force=force, inputs=elastic.files)
+    if rate is not None:
+        size = elastic.at_rate(rate)
+    else:
+        assert budget is not None
+        size = elastic.at_budget(parse_bytes(budget) if isinstance(budget, str) else budget)
+    beside = None if adapter is None else _cut_adapter(elastic, adapter, size, target, force=force)
+    try:
+        written = elastic.cut(size, target, force=force, progress=progress)
+    except BaseException:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        raise
+    return CutFile(
+        path=target,
+        bytes=written.bytes,
+        rate=size.rate,
+        removed_fraction=size.removed_fraction,
+        seconds=time.monotonic() - start,
+        adapter_path=beside,
+    )
+
+
+def _cut_adapter(elastic: ElasticPackage, adapter: str, size: Size, target: Path, *, force: bool) -> Path:
+    """Cut an adapter as its base will be, and return where it is."""
+    from edgeq.runtime.cut_adapter import cut_adapter
+
+    name, source = find_adapter(elastic.package, adapter)
+    beside = target.with_name(f"{target.stem}-{name}.lora.gguf")
+    cut_adapter(source, beside, elastic.path, size.kept, hidden=elastic.elastic.hidden, force=force)
+    return beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +376,17 @@ class Verification:
 def verify(package: str | Path, *, threads: int | None = None, progress: Progress = silent) -> Verification:
     """Check a package on this machine: every hash, then outputs and token ids against the stored reference. Needs no torch.
 
-    Raises PackageError when a file is missing or does not match its hash.
+    Raises PackageError when a file is missing or does not match its hash, or when an elastic package's files do not fit each other;
+    AdapterError for an adapter of the package that is broken or does not fit its artifact.
     """
+    from edgeq.runtime.adapter_file import check_base, read_adapter
+    from edgeq.runtime.elastic_package import check_elastic
     from edgeq.runtime.fingerprint import Fingerprint, check_fingerprint
+    from edgeq.runtime.gguf_facts import read_facts
 
     opened = read_package(Path(package))
-    total = sum(record.bytes for record in (*opened.artifacts, *opened.side_files))
+    adapters = package_adapters(opened).values()
+    total = sum(record.bytes for record in (*opened.artifacts, *opened.side_files, *adapters))
     done = 0
 
     def count(n: int) -> None:
@@ -191,11 +395,18 @@ def verify(package: str | Path, *, threads: int | None = None, progress: Progres
         progress("verify", done, total)
 
     check_files(opened, on_bytes=count)
+    if opened.manifest["export"].get("elastic"):
+        check_elastic(opened)
+    for adapter in adapters:
+        check_record(opened, adapter, on_bytes=count)
+        check_base(read_adapter(opened.folder / adapter.path), read_facts(opened.artifact_path()))
     gate = None
     if any(record.path == FINGERPRINT for record in opened.side_files):
         stored = Fingerprint.load(opened.folder / FINGERPRINT)
         gate = check_fingerprint(opened.artifact_path(), stored, threads=threads, progress=progress)
-    return Verification(package=opened.folder, files=len(opened.artifacts) + len(opened.side_files), status=opened.status, gate=gate)
+    return Verification(
+        package=opened.folder, files=len(opened.artifacts) + len(opened.side_files) + len(adapters), status=opened.status, gate=gate
+    )
 
 
 def evaluate(
@@ -204,10 +415,16 @@ def evaluate(
     *,
     ctx: int = 1024,
     chunks: int | None = None,
+    rate: float | None = None,
+    adapter: str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of a package or GGUF file on a UTF-8 text file; the definition is in `edgeq.runtime.quality`."""
+    """Perplexity of a package or GGUF file on a UTF-8 text file; the definition is in `edgeq.runtime.quality`.
+
+    rate: score a cut of an elastic package, made in memory. adapter: with this adapter of the package, by name, or a GGUF adapter by path;
+    it is cut alike.
+    """
     from edgeq.runtime.quality import perplexity
 
     path = Path(text)
@@ -217,8 +434,22 @@ def evaluate(
         raise SourceError(f"{path}: not UTF-8 text (byte {err.start}). Convert it to UTF-8 first.") from err
     except OSError as err:
         raise SourceError(f"{path}: cannot be read ({err.strerror}).") from err
-    file, _ = resolve_artifact(Path(artifact))
-    return perplexity(file, content, ctx=ctx, chunks=chunks, threads=threads, progress=progress)
+    settings: dict[str, Any] = {"ctx": ctx, "chunks": chunks, "threads": threads, "progress": progress}
+    whole, package = resolve_artifact(Path(artifact))
+    beside = None if adapter is None else find_adapter(package, adapter)[1]
+    if rate is None:
+        return perplexity(whole, content, adapter=beside, **settings)
+    from edgeq.runtime.cut_adapter import cut_adapter_to_memory
+    from edgeq.runtime.elastic_package import open_elastic
+
+    elastic = open_elastic(Path(artifact))
+    size = elastic.at_rate(rate)
+    with ExitStack() as cuts:
+        small = cuts.enter_context(elastic.cut_to_memory(size))
+        if beside is not None:
+            left = cut_adapter_to_memory(beside, elastic.path, size.kept, hidden=elastic.elastic.hidden)
+            beside = cuts.enter_context(left).path
+        return perplexity(small.path, content, adapter=beside, **settings)
 
 
 def bench(
@@ -229,13 +460,17 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     device: str = "cpu",
+    rates: Sequence[float] | None = None,
+    adapter: str | None = None,
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> list[BenchResult]:
     """Measure packages or GGUF files in turns; the metrics are defined in `edgeq.runtime.bench`. Needs edgeq[llama].
 
-    output: also write the results to this JSON file; an existing one is kept unless `force`.
+    rates: measure elastic packages at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter by path.
+    output: also write the results to this JSON file; an existing one is kept
+    unless `force`.
     """
     from edgeq.runtime.bench import bench as measure
 
@@ -243,7 +478,15 @@ def bench(
     if target is not None:
         check_file_target(target, force=force)
     results = measure(
-        artifacts, prompt_tokens=prompt_tokens, gen_tokens=gen_tokens, repeat=repeat, threads=threads, device=device, progress=progress
+        artifacts,
+        prompt_tokens=prompt_tokens,
+        gen_tokens=gen_tokens,
+        repeat=repeat,
+        threads=threads,
+        device=device,
+        rates=rates,
+        adapter=adapter,
+        progress=progress,
     )
     if target is not None:
         with staged_file(target, force=force) as stage:
@@ -253,12 +496,38 @@ def bench(
 
 
 def load(
-    package: str | Path, *, n_ctx: int | None = None, threads: int | None = None, kv_type: str | None = None, device: str = "cpu"
+    package: str | Path,
+    *,
+    rate: float | Literal["auto"] | None = None,
+    adapter: str | Mapping[str, float] | None = None,
+    adapter_budget: int | None = None,
+    patchable: bool = False,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    kv_type: str | None = None,
+    device: str = "cpu",
 ) -> Session:
-    """Load a package or GGUF file for generation; see `edgeq.runtime.session`. Needs edgeq[llama]."""
+    """Load a package or GGUF file for generation; see `edgeq.runtime.session`. Needs edgeq[llama].
+
+    rate: cut an elastic package in memory; "auto" takes the smallest rate that fits the memory free now. adapter: an adapter of the package
+    by name, or a GGUF adapter by path, or several with their scales. adapter_budget: bytes that adapters may take in memory, 256 MiB by
+    default. patchable: read the weights into memory, so that `session.apply_patch` can change them.
+    """
+    from edgeq.runtime.adapter_pool import DEFAULT_BUDGET
     from edgeq.runtime.session import load as open_session
 
-    return open_session(package, n_ctx=n_ctx, threads=threads, kv_type=kv_type, device=device)
+    budget = DEFAULT_BUDGET if adapter_budget is None else adapter_budget
+    return open_session(
+        package,
+        rate=rate,
+        adapter=adapter,
+        adapter_budget=budget,
+        patchable=patchable,
+        n_ctx=n_ctx,
+        threads=threads,
+        kv_type=kv_type,
+        device=device,
+    )
 
 
 def inspect(ref: str | Path) -> dict[str, Any]:
@@ -269,7 +538,29 @@ def inspect(ref: str | Path) -> dict[str, Any]:
     if is_package(path):
         return describe_package(read_package(path))
     if path.is_file():
-        return describe_gguf(path)
+        return describe_gguf(path, _cuttable_gguf(path))
     from edgeq.converters.sources.resolve import open_model
 
-    return describe_model(open_model(ref))
+    model = open_model(ref)
+    return describe_model(model, _cuttable(model.spec))
+
+
+def _cuttable_gguf(path: Path) -> Mapping[str, Mapping[str, str]]:
+    """The same for a GGUF file. Reading its header as a model may fail where llama.cpp would not: then nothing is known."""
+    from edgeq.converters.sources.gguf import read_gguf_model
+
+    try:
+        return _cuttable(read_gguf_model(path).spec)
+    except EdgeqError as err:
+        logging.getLogger(__name__).debug("%s: %s", path, err)
+        return {}
+
+
+def _cuttable(spec: ModelSpec) -> Mapping[str, Mapping[str, str]]:
+    """What an elastic export of a model could be cut by; nothing for a model that cannot be exported."""
+    from edgeq.converters.gguf.cuttable import cuttable
+
+    try:
+        return {port: {"freedom": cut.freedom, "reason": cut.reason} for port, cut in cuttable(spec).items()}
+    except (PlanError, UnsupportedError):
+        return {}

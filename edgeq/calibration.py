@@ -20,6 +20,14 @@ from edgeq.reference import Point, Reference
 # Mean squared input per column, float32 (n_in,), by linear: "layers.3.wq", "head". A tied head goes by "head" as well.
 Importance = Mapping[str, npt.NDArray[np.float32]]
 
+# Windows for sorting. More and shorter ones generalise better at the same cost.
+SORTING_LENGTH = 256
+SORTING_WINDOWS = 24
+SORTING_HELD_BACK = 4
+SORTING_TOKENS = SORTING_LENGTH * (SORTING_WINDOWS + SORTING_HELD_BACK)
+SORTING_LEAST = 4
+SORTING_SHORTEST = 32
+
 _LINEARS: Mapping[Point, tuple[str, ...]] = {
     "attn_in": ("wq", "wk", "wv"),
     "attn_out": ("wo",),
@@ -27,6 +35,37 @@ _LINEARS: Mapping[Point, tuple[str, ...]] = {
     "mlp_hidden": ("down",),
     "head_in": ("head",),
 }
+
+
+class InputSquares:
+    """Running sums of the squared inputs of every linear, in float64. `add` is an observer of a reference (`edgeq.reference`)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int | None, Point], tuple[torch.Tensor, int]] = {}
+
+    def add(self, layer: int | None, point: Point, x: torch.Tensor) -> None:
+        if point not in _LINEARS:
+            return
+        rows = x.flatten(0, -2)
+        squares, n_tokens = rows.square().sum(0, dtype=torch.float64), len(rows)
+        if (layer, point) in self._sums:
+            known, n_known = self._sums[layer, point]
+            squares, n_tokens = known + squares, n_known + n_tokens
+        self._sums[layer, point] = squares, n_tokens
+
+    def importance(self) -> Importance:
+        """Their means. Raises SourceError naming the first linear whose input was NaN or infinite."""
+        means: dict[str, npt.NDArray[np.float32]] = {}
+        for (layer, point), (total, n_tokens) in self._sums.items():
+            names = [role if layer is None else f"layers.{layer}.{role}" for role in _LINEARS[point]]
+            mean = (total / n_tokens).to(torch.float32).cpu().numpy()
+            if not np.isfinite(mean).all():
+                raise SourceError(
+                    f"{names[0]}: its input is NaN or infinite in calibration, so a weight before it is broken. "
+                    "Check the checkpoint, or download it again"
+                )
+            means |= dict.fromkeys(names, mean)
+        return means
 
 
 def importance(reference: Reference, windows: Sequence[Sequence[int]], *, progress: Progress = silent) -> Importance:
@@ -37,26 +76,9 @@ def importance(reference: Reference, windows: Sequence[Sequence[int]], *, progre
     """
     if not windows:
         raise UsageError("no calibration windows: give a text of at least one window")
-    sums: dict[tuple[int | None, Point], torch.Tensor] = {}
-
-    def add(layer: int | None, point: Point, x: torch.Tensor) -> None:
-        squares = x.flatten(0, -2).square().sum(0, dtype=torch.float64)
-        known = sums.get((layer, point))
-        sums[layer, point] = squares if known is None else known + squares
-
-    reference.hidden(windows, observe=add, step="calibrate", progress=progress)
-    n_tokens = sum(len(window) for window in windows)
-    means: dict[str, npt.NDArray[np.float32]] = {}
-    for (layer, point), total in sums.items():
-        names = [role if layer is None else f"layers.{layer}.{role}" for role in _LINEARS[point]]
-        mean = (total / n_tokens).to(torch.float32).cpu().numpy()
-        if not np.isfinite(mean).all():
-            raise SourceError(
-                f"{names[0]}: its input is NaN or infinite in calibration, so a weight before it is broken. "
-                "Check the checkpoint, or download it again"
-            )
-        means |= dict.fromkeys(names, mean)
-    return means
+    squares = InputSquares()
+    reference.hidden(windows, observe=squares.add, step="calibrate", progress=progress)
+    return squares.importance()
 
 
 def windows_of(tokens: Sequence[int], *, length: int, count: int) -> list[list[int]]:
@@ -87,3 +109,21 @@ def split(tokens: Sequence[int], *, length: int, count: int, held_back: int) -> 
     n_back = min(held_back, max(1, n_windows // 5))
     edge = len(tokens) - n_back * length
     return windows_of(tokens[:edge], length=length, count=count), windows_of(tokens[edge:], length=length, count=n_back)
+
+
+def sorting_windows(ids: Sequence[int], n_ctx: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows for `edgeq.sorting.sort`: those to measure on, and those held back to judge compensation, spread over the whole text.
+
+    Of SORTING_LENGTH tokens, or n_ctx if that is less; shorter when the text has less than SORTING_LEAST windows of that. Raises
+    UsageError for a text of less than SORTING_LEAST windows of SORTING_SHORTEST tokens.
+    """
+    length = min(SORTING_LENGTH, n_ctx, max(len(ids) // SORTING_LEAST, SORTING_SHORTEST))
+    if len(ids) < SORTING_LEAST * length:
+        raise UsageError(
+            f"the calibration text has {len(ids)} tokens; sorting needs {SORTING_LEAST * length}, better some ten thousand. "
+            "Use a longer text, or --sort none."
+        )
+    windows = windows_of(ids, length=length, count=SORTING_WINDOWS + SORTING_HELD_BACK)
+    every = len(windows) // min(SORTING_HELD_BACK, len(windows) // SORTING_LEAST)
+    held_back = windows[every // 2 :: every]
+    return [w for i, w in enumerate(windows) if i % every != every // 2], held_back

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, show the result. The only module that knows all parts.
+"""The command line: parse, call one function, show the result. With its neighbours `cli_*` the only module that knows all parts.
 
 Results go to stdout (text or, with --json, one JSON document); progress and notices go to stderr. Exit status: 0 done, 1 failed or
 gate not passed, 2 usage, 130 interrupted. Heavy libraries load inside the commands, so that `edgeq --help` is quick.
@@ -6,29 +6,26 @@ gate not passed, 2 usage, 130 interrupted. Heavy libraries load inside the comma
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn
 
 import click
 
 from edgeq import __version__
+from edgeq.cli_adapters import adapters
+from edgeq.cli_parts import FILE, PATH, json_option, print_json, with_progress
 from edgeq.errors import EdgeqError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_PATH = click.Path(path_type=Path)
-_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on stdout.")
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 512), help="CPU threads. Default: the physical cores this process may use."
+)
+
+
+adapter_option = click.option(
+    "--adapter", metavar="NAME", help="With this adapter of the package, or the GGUF adapter at this path; it is cut as the model is."
 )
 
 
@@ -57,26 +54,27 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise click.exceptions.Abort
 
 
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+def _rates(context: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """A list of rates; that they are rates is checked where they are used."""
+    if value is None:
+        return None
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of rates like 0,0.15,0.25.") from None
+
+
+def _rate_or_auto(context: click.Context, option: click.Parameter, value: str | None) -> float | Literal["auto"] | None:
+    if value is None or value == "auto":
+        return value  # type: ignore[return-value]  # mypy does not narrow str to its only value here
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto.") from None
 
 
 def _no_plan(plan: object) -> None:
     """JSON output carries the plan itself."""
-
-
-def _with_progress(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a command under a progress display on stderr, handed to it as `progress`; silent when stderr is no terminal."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from edgeq.display import progress_display
-
-        with progress_display() as progress:
-            kwargs["progress"] = progress
-            return function(*args, **kwargs)
-
-    return run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -91,7 +89,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("-o", "--output", type=_PATH, help="Package folder to write. Required unless --dry-run.")
+@click.option("-o", "--output", type=PATH, help="Package folder to write. Required unless --dry-run.")
 @click.option("--profile", required=True, metavar="NAME", help="Device to export for: a name from `edgeq profiles list`, or a .toml file.")
 @click.option(
     "--quant",
@@ -100,23 +98,67 @@ def cli() -> None:
     metavar="TYPE",
     help="Number format, e.g. Q4_0, Q4_K_M, F16; auto lets the profile choose.",
 )
-@click.option("--sort", type=click.Choice(["none"]), default="none", show_default=True, help="Order of the structured dimensions.")
-@click.option("--fixed", is_flag=True, default=True, help="Write a package of one size (the only kind so far).")
-@click.option("--calibration", type=_FILE, help="UTF-8 text that stands for the model's use. Default: a mixed text that comes with edgeq.")
+@click.option(
+    "--elastic/--fixed",
+    default=None,
+    help="A package that the device cuts to any size, or one of one size. Default: elastic if the model allows.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(["edgeq", "uniql", "none"]),
+    help="Order in which parts may go: by measured loss, as published for UniQL, or as they come. Default: edgeq; none with --fixed.",
+)
+@click.option(
+    "--prune",
+    type=click.FloatRange(0, 0.35),
+    default=0.0,
+    metavar="RATE",
+    help="Write one size, cut by this rate: a fraction of block parameters.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="PATH[=NAME][:SCALE]",
+    help="Fine-tuning adapter to ship with the model: a PEFT folder, a .gguf file, ... May be given several times.",
+)
+@click.option(
+    "--adapters",
+    "adapter_mode",
+    type=click.Choice(["merge", "keep", "auto"]),
+    help="Into the weights, beside them, or what suits profile and model better; several are kept. Default: auto.",
+)
+@click.option("--adapter-rank", type=click.IntRange(min=1), metavar="K", help="Use the first K directions of adapters of nested ranks.")
+@click.option("--approx-rank", type=click.IntRange(min=1), metavar="K", help="Keep changes of full rank as their best factors of rank K.")
+@click.option(
+    "--approx-energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="E",
+    help="Keep changes of full rank as the fewest factors with this fraction of their energy.",
+)
+@click.option("--other-base", is_flag=True, help="Take adapters that say they were made for other weights.")
+@click.option("--calibration", type=FILE, help="UTF-8 text that stands for the model's use. Default: a mixed text that comes with edgeq.")
 @click.option("--ctx", "n_ctx", type=click.IntRange(min=1), help="Context to plan memory for. Default: the profile's.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with predicted bytes and memory; write nothing.")
 @click.option("--no-verify", is_flag=True, help="Skip the gate; the package is marked unverified.")
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @threads_option
 @json_option
-@_with_progress
+@with_progress
 def export(
     model: str,
     output: Path | None,
     profile: str,
     quant: str,
-    sort: Literal["none"],
-    fixed: bool,
+    elastic: bool | None,
+    sort: Literal["edgeq", "uniql", "none"] | None,
+    prune: float,
+    adapters: tuple[str, ...],
+    adapter_mode: Literal["merge", "keep", "auto"] | None,
+    adapter_rank: int | None,
+    approx_rank: int | None,
+    approx_energy: float | None,
+    other_base: bool,
     calibration: Path | None,
     n_ctx: int | None,
     dry_run: bool,
@@ -128,8 +170,11 @@ def export(
 ) -> None:
     """Turn MODEL into a package for a device, and prove it.
 
-    Plans number formats from the profile, calibrates, quantizes, writes a GGUF file for stock llama.cpp, then compares the file's
-    outputs with the source model's. A failed gate marks the package as failed and exits 1.
+    Plans number formats from the profile, sorts what can be cut, calibrates, quantizes, writes a GGUF file for stock llama.cpp, then
+    compares the file's outputs, and those of a cut of it, with the model's. A failed gate marks the package as failed and exits 1.
+
+    Adapters go into the weights before these are quantized, or beside them as files that llama.cpp loads; either way the outputs are
+    compared with those of the float model that has them.
     """
     from edgeq import api, display
 
@@ -141,7 +186,14 @@ def export(
         profile=profile,
         quant=quant,
         sort=sort,
-        elastic=not fixed,
+        elastic=elastic,
+        prune=prune,
+        adapters=adapters,
+        adapter_mode=adapter_mode,
+        adapter_rank=adapter_rank,
+        approx_rank=approx_rank,
+        approx_energy=approx_energy,
+        other_base=other_base,
         calibration=calibration,
         n_ctx=n_ctx,
         dry_run=dry_run,
@@ -152,7 +204,7 @@ def export(
         on_plan=_no_plan if as_json or dry_run else display.show_plan,
     )
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         display.show_export(result)
     if result.gate is not None and not result.gate.passed:
@@ -161,17 +213,51 @@ def export(
 
 
 @cli.command()
-@click.argument("package", type=_PATH)
+@click.argument("package", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="GGUF file to write.")
+@click.option("--rate", type=float, help="Fraction of block parameters to remove, 0 to 0.35.")
+@click.option("--budget", metavar="SIZE", help="Largest file that will do, e.g. 70MB, 64MiB or a number of bytes.")
+@click.option("--adapter", metavar="NAME", help="Cut this adapter of the package too; it is written beside the file.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@json_option
+@with_progress
+def cut(
+    package: Path, output: Path, rate: float | None, budget: str | None, adapter: str | None, force: bool, as_json: bool, progress: Any
+) -> None:
+    """Cut an elastic package to a smaller stock GGUF file, by a rate or to a budget.
+
+    Needs no torch. The package is checked against its hashes while it is read. Rate 0 is the package's own artifact.
+    """
+    from edgeq import api
+    from edgeq.sizes import size
+
+    result = api.cut(package, output=output, rate=rate, budget=budget, adapter=adapter, force=force, progress=progress)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo(
+            f"Wrote {result.path}  {size(result.bytes)}  {result.removed_fraction:.1%} of block parameters removed  "
+            f"in {result.seconds:.2f} s"
+        )
+        if result.adapter_path is not None:
+            click.echo(f"Wrote {result.adapter_path}")
+
+
+@cli.command()
+@click.argument("package", type=PATH)
 @threads_option
 @json_option
-@_with_progress
+@with_progress
 def verify(package: Path, threads: int | None, as_json: bool, progress: Any) -> None:
-    """Check a package on this machine: hashes, then its outputs against the stored reference."""
+    """Check a package on this machine: hashes, then its outputs against the stored reference.
+
+    Of an elastic package also that what cuts are made from belongs to the artifact, and of kept adapters that they fit it.
+    """
     from edgeq import api, display
 
     result = api.verify(package, threads=threads, progress=progress)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         display.show_verification(result)
     if not result.passed:
@@ -180,41 +266,57 @@ def verify(package: Path, threads: int | None, as_json: bool, progress: Any) -> 
 
 
 @cli.command(name="eval")
-@click.argument("artifact", type=_PATH)
-@click.option("--text", type=_FILE, required=True, help="UTF-8 text to score.")
+@click.argument("artifact", type=PATH)
+@click.option("--text", type=FILE, required=True, help="UTF-8 text to score.")
 @click.option("--ctx", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window; windows do not overlap.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Score the first N windows only.")
+@click.option("--rate", type=float, help="Score a cut of an elastic package: fraction of block parameters removed, 0 to 0.35.")
+@adapter_option
 @threads_option
 @json_option
-@_with_progress
-def evaluate(artifact: Path, text: Path, ctx: int, chunks: int | None, threads: int | None, as_json: bool, progress: Any) -> None:
+@with_progress
+def evaluate(
+    artifact: Path,
+    text: Path,
+    ctx: int,
+    chunks: int | None,
+    rate: float | None,
+    adapter: str | None,
+    threads: int | None,
+    as_json: bool,
+    progress: Any,
+) -> None:
     """Perplexity of a package or GGUF file on a text."""
     from edgeq import api, display
 
-    result = api.evaluate(artifact, text, ctx=ctx, chunks=chunks, threads=threads, progress=progress)
+    result = api.evaluate(artifact, text, ctx=ctx, chunks=chunks, rate=rate, adapter=adapter, threads=threads, progress=progress)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         display.show_evaluation(artifact, result)
 
 
 @cli.command()
-@click.argument("artifacts", type=_PATH, nargs=-1, required=True)
+@click.argument("artifacts", type=PATH, nargs=-1, required=True)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--gen-tokens", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("-o", "--output", type=_PATH, help="Also write the results to this JSON file.")
+@click.option("--rates", metavar="R,R,...", callback=_rates, help="Measure cuts of elastic packages at these rates, e.g. 0,0.15,0.25.")
+@adapter_option
+@click.option("-o", "--output", type=PATH, help="Also write the results to this JSON file.")
 @click.option("--force", is_flag=True, help="Replace an existing results file.")
 @threads_option
 @json_option
-@_with_progress
+@with_progress
 def bench(
     artifacts: tuple[Path, ...],
     prompt_tokens: int,
     gen_tokens: int,
     repeat: int,
     device: str,
+    rates: tuple[float, ...] | None,
+    adapter: str | None,
     output: Path | None,
     force: bool,
     threads: int | None,
@@ -223,7 +325,7 @@ def bench(
 ) -> None:
     """Measure packages or GGUF files: load, first token, prefill, decode, latency percentiles, memory.
 
-    Several artifacts are measured in turns within one run, each in its own process, with the same prompt.
+    Several artifacts, and several cuts of one, are measured in turns within one run, each in its own process, with the same prompt.
     """
     from edgeq import api, display
 
@@ -233,19 +335,21 @@ def bench(
         gen_tokens=gen_tokens,
         repeat=repeat,
         device=device,
+        rates=rates,
+        adapter=adapter,
         threads=threads,
         output=output,
         force=force,
         progress=progress,
     )
     if as_json:
-        _print_json([result.to_json() for result in results])
+        print_json([result.to_json() for result in results])
     else:
         display.show_bench(results)
 
 
 @cli.command()
-@click.argument("package", type=_PATH)
+@click.argument("package", type=PATH)
 @click.option("-p", "--prompt", required=True, help="Text to continue.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--chat", is_flag=True, help="Send the prompt as a user message through the model's chat template.")
@@ -257,6 +361,10 @@ def bench(
 @click.option(
     "--ctx", "n_ctx", type=click.IntRange(min=2), help="Context length. Default: the package's profile, or the model's own up to 4096."
 )
+@click.option(
+    "--rate", callback=_rate_or_auto, metavar="R|auto", help="Cut an elastic package in memory, 0 to 0.35; auto: by as little as fits."
+)
+@adapter_option
 @threads_option
 @json_option
 def run(
@@ -270,6 +378,8 @@ def run(
     min_p: float | None,
     seed: int,
     n_ctx: int | None,
+    rate: float | Literal["auto"] | None,
+    adapter: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -277,10 +387,10 @@ def run(
     from edgeq import api, display
 
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    with api.load(package, n_ctx=n_ctx, threads=threads) as session:
+    with api.load(package, rate=rate, adapter=adapter, n_ctx=n_ctx, threads=threads) as session:
         text = session.chat_prompt(prompt) if chat else prompt
         if as_json:
-            _print_json(session.generate(text, max_tokens=max_tokens, **sampling).to_json())
+            print_json(session.generate(text, max_tokens=max_tokens, **sampling).to_json())
             return
         if not chat:
             click.echo(prompt, nl=False)
@@ -301,9 +411,12 @@ def inspect(path: str, as_json: bool) -> None:
 
     description = api.inspect(path)
     if as_json:
-        _print_json(description)
+        print_json(description)
     else:
         display.show_description(description)
+
+
+cli.add_command(adapters)
 
 
 @cli.group()
@@ -320,7 +433,7 @@ def list_profiles(as_json: bool) -> None:
 
     rows = [load_profile(name) for name in profile_names()]
     if as_json:
-        _print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in rows])
     else:
         display.show_profiles(rows)
 
@@ -335,7 +448,7 @@ def show(name: str, as_json: bool) -> None:
 
     profile = load_profile(name)
     if as_json:
-        _print_json(profile.to_json())
+        print_json(profile.to_json())
     else:
         display.show_profile(profile)
 
@@ -349,7 +462,7 @@ def detect(as_json: bool) -> None:
 
     detection = detect_machine_and_profile()
     if as_json:
-        _print_json(detection.to_json())
+        print_json(detection.to_json())
     else:
         display.show_detection(detection)
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import ShapeError
+from edgeq.tiled import product, times
 
 Floats = npt.NDArray[np.float32]
 
@@ -42,6 +43,46 @@ class HiddenModel:
                 "do not describe the same channels. Export the package again."
             )
 
+    @property
+    def squares(self) -> Floats:
+        """E[h^2] of every channel, (n_ff,): what a quantizer weighs the columns of down_proj with."""
+        return np.square(self.mean) + self.noise + np.square(self.factors).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Lost channels by kept ones: h_lost ~ left @ right @ h_kept + intercept.
+
+    left (n_lost, rank), right (rank, n_kept), intercept (n_lost,).
+    """
+
+    left: Floats
+    right: Floats
+    intercept: Floats
+
+    def columns(self, down: Floats) -> Floats:
+        """Rows of down_proj (n, n_ff) as their kept columns (n, n_kept), which have taken on the lost ones."""
+        kept = self.right.shape[1]
+        return down[:, :kept] + product(product(down[:, kept:], self.left), self.right)
+
+    def bias(self, lost: Floats) -> Floats:
+        """What lost columns (n, n_lost) come to beside that, (n,)."""
+        return times(lost, self.intercept)
+
+
+def regression(model: HiddenModel, kept: int, *, intercept: bool = True) -> Regression:
+    """The least-squares estimate of what a cut to `kept` channels has lost. Raises ShapeError when `kept` is not within the model.
+
+    intercept: False for MLPs that have no place for a bias: the estimate is then the best one through the origin, and 0 its intercept.
+    """
+    n_ff = len(model.mean)
+    if not 0 <= kept <= n_ff:
+        raise ShapeError(f"a cut to {kept} channels: the hidden model describes {n_ff}. Export the package again.")
+    if not intercept:  # second moments about 0 are those of one more factor
+        model = HiddenModel(mean=np.zeros_like(model.mean), factors=np.column_stack([model.factors, model.mean]), noise=model.noise)
+    left, right = _low_rank(model, kept)
+    return Regression(left=left, right=right, intercept=model.mean[kept:] - times(left, times(right, model.mean[:kept])))
+
 
 def compensate(down: Floats, model: HiddenModel, kept: int) -> tuple[Floats, Floats]:
     """down_proj (n_embd, n_ff) cut to its first `kept` columns, and the bias (n_embd,) to add to what its block already has.
@@ -54,16 +95,14 @@ def compensate(down: Floats, model: HiddenModel, kept: int) -> tuple[Floats, Flo
         raise ShapeError(
             f"down_proj of {down.shape[1]} columns, cut to {kept}: the hidden model describes {n_ff}. Export the package again."
         )
-    left, right = _low_rank(model, kept)
-    lost = down[:, kept:]
-    through = lost @ left  # (n_embd, rank)
-    bias = lost @ model.mean[kept:] - through @ (right @ model.mean[:kept])
-    return (down[:, :kept] + through @ right).astype(np.float32, copy=False), bias.astype(np.float32, copy=False)
+    found = regression(model, kept)
+    return found.columns(down), found.bias(down[:, kept:])
 
 
 def _low_rank(model: HiddenModel, kept: int) -> tuple[Floats, Floats]:
     """R = left (n_ff - kept, rank) @ right (rank, kept). Solved in float64: U^T N^-1 U spans many orders of magnitude."""
     factors, noise = model.factors[:kept].astype(np.float64), model.noise[:kept].astype(np.float64)
     weighted = np.divide(factors, noise[:, None], out=np.zeros_like(factors), where=noise[:, None] > 0)
-    inner = np.eye(factors.shape[1]) + factors.T @ weighted
-    return model.factors[kept:], np.linalg.solve(inner, weighted.T).astype(np.float32)
+    identity = np.eye(factors.shape[1])
+    inner = identity + product(factors.T, weighted)
+    return model.factors[kept:], product(np.linalg.solve(inner, identity), weighted.T).astype(np.float32)

@@ -12,10 +12,13 @@ from rich.table import Table
 
 from edgeq.progress import Progress as ProgressCallback
 from edgeq.progress import silent
+from edgeq.sizes import size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edgeq.adapter_plan import AdapterPlan
+    from edgeq.adapters_api import WrittenAdapter
     from edgeq.api import ExportResult, Verification
     from edgeq.detect import Detection
     from edgeq.gate import GateResult
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _STEPS = {
     "hash": "Hashing inputs",
+    "sort": "Sorting",
     "calibrate": "Calibrating",
     "write": "Quantizing and writing",
     "gate reference": "Computing reference",
@@ -71,16 +75,6 @@ def _table(*columns: str, right: Sequence[str] = ()) -> Table:
     return table
 
 
-def size(n_bytes: float | None) -> str:
-    """Bytes for people, in powers of ten as disks and downloads are sold."""
-    if n_bytes is None:
-        return "-"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}" if unit == "GB" else f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes:.0f} B"
-
-
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
@@ -99,8 +93,69 @@ def show_plan(plan: Plan) -> None:
         f"(weights {size(memory.model_bytes)}, {memory.kv_type} cache {size(memory.kv_bytes)}, compute {size(memory.compute_bytes)}, "
         f"process {size(memory.runtime_bytes)}) of {size(plan.budget_bytes)}."
     )
+    if plan.cut_sizes:
+        sizes = ", ".join(f"{cut.rate:.0%}: {size(cut.bytes)}" for cut in plan.cut_sizes)
+        out.print(f"Elastic. Cut by a rate of {sizes}; sorting may shift these a little.")
+    if plan.adapters:
+        show_adapter_plans(plan.adapters)
     for note in plan.notes:
         out.print(f"Note: {note}")
+
+
+def show_adapter_plans(plans: Sequence[AdapterPlan]) -> None:
+    """Both ways of every adapter, the chosen one marked; then why."""
+    out = _out()
+    columns = ("adapter", "kind", "scale", "way", "format", "model and adapter", "rounding noise", "slower", "rank", "lost energy")
+    table = _table(*columns, right=columns[5:])
+    for plan in plans:
+        for name, way in (("merge", plan.merge), ("keep", plan.keep)):
+            chosen = f"[bold]{name}[/]" if name == plan.disposition else name
+            figures = ["not possible", *["-"] * 5]
+            if way.possible:
+                rank = "-" if way.rank is None else str(way.rank)
+                noise = "-" if way.noise is None else f"{way.noise:.2g}"
+                figures = [way.quant or "-", size(way.bytes), noise, f"{way.slowdown:.0%}", rank, f"{way.lost_energy:.2g}"]
+            table.add_row(plan.name, plan.kind, f"{plan.scale:g}", chosen, *figures)
+    out.print(table)
+    out.print("Rounding noise is relative to what the adapter changes: at 1, rounding moves outputs as far as the adapter does.")
+    for plan in plans:
+        out.print(f"{plan.name}: {plan.disposition}; {plan.reason}", markup=False)
+
+
+def show_adapter(description: Mapping[str, Any]) -> None:
+    """Lists of tensors by role, so that a page shows a whole model."""
+    shown = {key: value for key, value in description.items() if key not in ("targets", "tensors")}
+    show_description(shown)
+    out = _out()
+    if "targets" in description:
+        roles: dict[tuple[str, ...], int] = {}
+        for target in description["targets"]:
+            parts = target["name"].split(".")
+            role = ".".join(parts[2:]) if parts[0] == "layers" else target["name"]
+            ways = (target[way]["how"] for way in ("merge", "keep", "squeeze"))
+            row = (role, "x".join(map(str, target["shape"])), "-" if target["rank"] is None else str(target["rank"]), *ways)
+            roles[row] = roles.get(row, 0) + 1
+        table = _table("tensor", "shape", "rank", "merge", "keep", "squeeze", "count", right=("rank", "count"))
+        for row, count in roles.items():
+            table.add_row(*row, str(count))
+        out.print(table)
+    else:
+        out.print(f"{len(description['tensors'])} tensors. Name the model with --base to see what can be done with each.")
+
+
+def show_written_adapter(written: WrittenAdapter) -> None:
+    out = _out()
+    ranks = [int(module["rank"]) for module in written.modules.values()]
+    before = [int(module["before"]) for module in written.modules.values()]
+    out.print(f"Wrote {written.path}  {size(written.bytes)}", markup=False)
+    out.print(
+        f"{len(ranks)} modules, rank {_span(before)} before, {_span(ranks)} now; lost of the change's energy: at most "
+        f"{written.lost_energy:.2%} of a module"
+    )
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
 
 def show_export(result: ExportResult) -> None:
@@ -109,8 +164,11 @@ def show_export(result: ExportResult) -> None:
         show_plan(result.plan)
         out.print("Dry run: nothing was written.")
         return
-    for artifact in result.artifacts:
+    for artifact in (*result.artifacts, *result.adapters):
         out.print(f"Wrote {result.package}/{artifact.path}  {size(artifact.bytes)}  sha256 {artifact.sha256[:16]}")
+    if result.regrid:
+        lost = ", ".join(f"{kind} {errors['relative']:.2%}" for kind, errors in result.regrid.items())
+        out.print(f"Lost in rounding, of squared values: {lost}.")
     if result.gate is None:
         out.print("Gate: not run (--no-verify); the package is marked unverified.")
     else:
@@ -149,11 +207,28 @@ def show_evaluation(artifact: Path, result: Evaluation) -> None:
 
 def show_bench(results: Sequence[BenchResult]) -> None:
     out = _out()
-    columns = ("artifact", "load s", "TTFT ms", "prefill tok/s", "decode tok/s", "ITL p50 ms", "p95", "p99", "peak RSS", "model", "KV")
+    with_adapter = any(row.adapter for row in results)
+    columns = (
+        "artifact",
+        "rate",
+        *(["adapter"] if with_adapter else []),
+        "load s",
+        "TTFT ms",
+        "prefill tok/s",
+        "decode tok/s",
+        "ITL p50 ms",
+        "p95",
+        "p99",
+        "peak RSS",
+        "model",
+        "KV",
+    )
     table = _table(*columns, right=columns[1:])
     for row in results:
         table.add_row(
             row.artifact,
+            "-" if row.rate is None else f"{row.rate:g}",
+            *([row.adapter or "-"] if with_adapter else []),
             _number(row.load_s, 2),
             _number(row.ttft_ms),
             _number(row.prefill_tok_s),
@@ -169,6 +244,9 @@ def show_bench(results: Sequence[BenchResult]) -> None:
         f"{first['prompt_tokens']} prompt tokens, {first['gen_tokens']} generated, medians of {first['repeat']} repeats, "
         f"{results[0].runtime} on {results[0].device}, {first['threads']} threads."
     )
+    switches = {row.adapter: row.adapter_switch_ms for row in results if row.adapter_switch_ms is not None}
+    for name, milliseconds in switches.items():
+        out.print(f"Switching to {name} takes {milliseconds:.1f} ms once it is in memory.", markup=False)
     for row in results:
         warning = row.environment["contention"]["warning"]
         if warning:
@@ -194,7 +272,7 @@ def show_description(description: Mapping[str, Any]) -> None:
             out.print(f"[bold]{section}[/]")
             table = _table(*content[0])
             for row in content:
-                table.add_row(*(_short(value) for value in row.values()))
+                table.add_row(*(_short(value, limit=300) for value in row.values()))
             out.print(table)
         else:
             out.print(f"[bold]{section}[/]: {_short(content)}")

@@ -6,6 +6,7 @@
     ├── UnsupportedError    a family, tensor, config value or grid that no row of ours describes
     ├── TokenizerError      a tokenizer or chat template is missing, broken or not described
     ├── ShapeError          two shapes that must agree do not
+    ├── AdapterError        an adapter or patch file is broken, or is not for the model in memory
     ├── ProfileError        a device profile does not parse or contradicts itself
     ├── PlanError           what was asked for cannot fit or cannot be laid out
     ├── OutputError         the output exists, equals an input, or cannot be written
@@ -43,6 +44,10 @@ class TokenizerError(EdgeqError):
 
 
 class ShapeError(EdgeqError):
+    pass
+
+
+class AdapterError(EdgeqError):
     pass
 
 

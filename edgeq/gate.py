@@ -7,7 +7,7 @@ the table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -118,7 +118,8 @@ class GateResult:
 
     basis: "logits" of the reference model itself, or "fingerprint" for what of them a package carries.
     runtime: what ran the artifact, such as "llama-cpp-python 0.3.36 on CPU". tokens: positions compared.
-    chat_template_equal is None where neither side has a template, and with a fingerprint.
+    chat_template_equal is None where neither side has a template, and with a fingerprint. cut: of an elastic package, a cut of it by
+    cut_rate against the reference on the cut's own weights.
     failures: why it failed, one sentence each; it passed when there are none.
     """
 
@@ -134,6 +135,9 @@ class GateResult:
     perplexity_reference: float | None = None
     perplexity_artifact: float | None = None
     fidelity: Fidelity | None = None
+    cut: Fidelity | None = None
+    cut_rate: float | None = None
+    adapters: Mapping[str, Fidelity] = field(default_factory=dict)
     tokenizer_equal: bool | None = None
     chat_template_equal: bool | None = None
 
@@ -155,6 +159,10 @@ class GateResult:
             rows.append(("perplexity", f"{self.perplexity_artifact:.4g}", f"reference {self.perplexity_reference:.4g}"))
         if self.fidelity is not None:
             rows.append(("mean KL, own weights", f"{self.fidelity.kl_mean:.2g}", f"at most {self.fidelity.thresholds.kl_mean:g}"))
+        if self.cut is not None and self.cut_rate is not None:
+            rows.append((f"mean KL, cut by {self.cut_rate:.0%}", f"{self.cut.kl_mean:.2g}", f"at most {self.cut.thresholds.kl_mean:g}"))
+        for name, found in self.adapters.items():
+            rows.append((f"mean KL with {name}", f"{found.kl_mean:.2g}", f"at most {found.thresholds.kl_mean:g}"))
         for name, equal in (("token ids", self.tokenizer_equal), ("chat template", self.chat_template_equal)):
             if equal is not None:
                 rows.append((name, "equal" if equal else "different", "equal"))
@@ -172,12 +180,17 @@ class GateResult:
             if missing:
                 raise KeyError(", ".join(sorted(missing)))
             values |= {"failures": tuple(values["failures"]), "thresholds": Thresholds(**values["thresholds"])}
-            if values["fidelity"] is not None:
-                limits = Thresholds(**values["fidelity"]["thresholds"])
-                values["fidelity"] = Fidelity(**{**values["fidelity"], "thresholds": limits})
+            for name in ("fidelity", "cut"):
+                if values[name] is not None:
+                    values[name] = _fidelity(values[name])
+            values["adapters"] = {name: _fidelity(found) for name, found in values["adapters"].items()}
             return cls(**values)
-        except (KeyError, TypeError) as err:
+        except (AttributeError, KeyError, TypeError) as err:
             raise PackageError(f"the gate result lacks or misspells {err}. The package is damaged; export it again.") from err
+
+
+def _fidelity(document: Mapping[str, Any]) -> Fidelity:
+    return Fidelity(**{**document, "thresholds": Thresholds(**document["thresholds"])})
 
 
 class ReferenceScores(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,17 @@ from edgeq.model import Model, Vocabulary
 from edgeq.package import Package
 from edgeq.spec import ModelSpec
 
+_ADAPTER_FACTS = ("name", "disposition", "kind", "scale", "rank", "bytes", "lost_energy", "path")
 _LONG = 64  # arrays with more items are told by their length
+
+
+# By port: how freely a model can be cut, and why not more freely. The carrier knows; it comes in as values.
+Cuttable = Mapping[str, Mapping[str, str]]
 
 
 def describe_package(package: Package) -> dict[str, Any]:
     manifest = package.manifest
+    elastic = manifest.get("elastic")
     return {
         "kind": "package",
         "status": package.status,
@@ -28,6 +34,9 @@ def describe_package(package: Package) -> dict[str, Any]:
         "side_files": [record.to_json() for record in package.side_files],
         "tokenizer": dict(manifest["tokenizer"]),
         "memory": dict(manifest["plan"]["memory"]),
+        "cuts": [] if elastic is None else [dict(size) for size in elastic["sizes"]],
+        "cuttable": [] if elastic is None else _ports(elastic["cuttable"]),
+        "adapters": [{key: adapter.get(key) for key in _ADAPTER_FACTS} for adapter in manifest.get("adapters", [])],
         "regrid": dict(manifest["regrid"]),
         "gate": manifest["gate"],
         "tools": dict(manifest["tools"]),
@@ -35,26 +44,35 @@ def describe_package(package: Package) -> dict[str, Any]:
     }
 
 
-def describe_gguf(path: Path) -> dict[str, Any]:
+def describe_gguf(path: Path, cuttable: Cuttable | None = None) -> dict[str, Any]:
+    """cuttable: what an elastic export of this file could be cut by; None where that is not known."""
     header = read_header(path)
     return {
         "kind": "gguf",
         "file": {"path": str(path), "bytes": header.file_bytes, "version": header.version, "alignment": header.alignment},
         "metadata": _metadata(header),
+        "cuttable": _ports(cuttable or {}),
         "formats": _by_grid((t.grid, t.shape, t.nbytes) for t in header.tensors.values()),
     }
 
 
-def describe_model(model: Model) -> dict[str, Any]:
+def describe_model(model: Model, cuttable: Cuttable | None = None) -> dict[str, Any]:
+    """cuttable: as for `describe_gguf`."""
     return {
         "kind": "model",
         "name": model.name,
         "format": model.format,
+        "quantization": None if model.quantization is None else dict(model.quantization),
         "files": [file.name for file in model.files],
         "spec": _spec(model.spec),
         "tokenizer": {**_tokenizer(model.tokenizer.vocabulary), "differs": list(model.tokenizer.differs)},
+        "cuttable": _ports(cuttable or {}),
         "formats": _by_grid((t.grid, t.shape, t.nbytes) for t in model.tensors.values()),
     }
+
+
+def _ports(cuttable: Cuttable) -> list[dict[str, str]]:
+    return [{"port": port, "cut": cut["freedom"], "reason": cut["reason"]} for port, cut in cuttable.items()]
 
 
 def _metadata(header: Header) -> dict[str, Any]:

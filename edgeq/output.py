@@ -7,13 +7,12 @@ is gone. Replacing an existing output keeps the old one as `.NAME.old-PID` until
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import psutil
 
 from edgeq.errors import OutputError
 
@@ -113,7 +112,9 @@ def _replace(stage: Path, target: Path) -> None:
 def _sweep(target: Path) -> None:
     """Remove leftovers of dead processes; bring back an output whose replacement was cut short."""
     for kind in ("partial", "old"):
-        for path in target.parent.glob(f".{target.name}.{kind}-*"):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+            import psutil
+
             pid = path.name.rsplit("-", 1)[-1]
             if not pid.isdigit() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
                 continue

@@ -116,17 +116,28 @@ def read_package(folder: Path) -> Package:
 def check_files(package: Package, *, on_bytes: Callable[[int], None] = lambda n: None) -> None:
     """Compare size and SHA-256 of every file with the manifest. Raises PackageError naming the first that differs."""
     for record in (*package.artifacts, *package.side_files):
-        path = package.folder / record.path
-        if not path.is_file():
-            raise PackageError(f"{path} is missing. The package is damaged; copy it again.")
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise PackageError(f"{path} has {size:,} bytes, the manifest says {record.bytes:,}. The file is damaged; copy it again.")
-        digest = sha256(path, on_bytes=on_bytes)
-        if digest != record.sha256:
-            raise PackageError(
-                f"{path} does not match its hash ({digest[:12]}, the manifest says {record.sha256[:12]}): it is damaged. Copy it again."
-            )
+        check_record(package, record, on_bytes=on_bytes)
+
+
+def check_record(package: Package, record: FileRecord, *, on_bytes: Callable[[int], None] = lambda n: None) -> None:
+    """Compare one file with its record. Raises PackageError."""
+    path = check_size(package, record)
+    digest = sha256(path, on_bytes=on_bytes)
+    if digest != record.sha256:
+        raise PackageError(
+            f"{path} does not match its hash ({digest[:12]}, the manifest says {record.sha256[:12]}): it is damaged. Copy it again."
+        )
+
+
+def check_size(package: Package, record: FileRecord) -> Path:
+    """Where the file of a record is. Raises PackageError when it is missing or has another size."""
+    path = package.folder / record.path
+    if not path.is_file():
+        raise PackageError(f"{path} is missing. The package is damaged; copy it again.")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise PackageError(f"{path} has {size:,} bytes, the manifest says {record.bytes:,}. The file is damaged; copy it again.")
+    return path
 
 
 def sha256(path: Path, *, on_bytes: Callable[[int], None] = lambda n: None) -> str:

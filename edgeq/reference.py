@@ -26,7 +26,7 @@ from edgeq.progress import Progress, silent
 from edgeq.spec import Attention, Block, Mlp, ModelSpec
 from edgeq.tensors import LazyTensor, take_rows
 
-Point = Literal["attn_in", "attn_out", "mlp_in", "mlp_hidden", "head_in"]
+Point = Literal["attn_in", "queries", "attn_out", "mlp_in", "mlp_hidden", "head_in"]
 Windows = Sequence[Sequence[int]]
 
 # Tokens that pass through a block together; a longer window goes alone. On 2 cores with SmolLM2-135M the intermediate values of
@@ -43,10 +43,11 @@ _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="ta
 
 
 class Observer(Protocol):
-    """Sees the input of every group of linears, once per layer, point and batch of windows.
+    """Sees the input of every group of linears, once per layer, point and batch of windows, and queries before they are rotated.
 
     point, and the linears that multiply x: "attn_in" wq wk wv; "attn_out" wo; "mlp_in" gate up; "mlp_hidden" down; "head_in" the
-    head, with layer None. x is (windows, tokens, width): to be read, not kept and not changed.
+    head, with layer None. x is (windows, tokens, width), "queries" (windows, tokens, n_heads, head_dim): to be read, not kept and
+    not changed.
     """
 
     def __call__(self, layer: int | None, point: Point, x: torch.Tensor) -> None: ...
@@ -215,6 +216,7 @@ class Reference:
         q, k, v = (w.linear(role, x).unflatten(-1, (-1, block.head_dim)) for role in ("wq", "wk", "wv"))
         if self._family.qk_norm:
             q, k = w.norm("q_norm", q), w.norm("k_norm", k)
+        observe(block.layer, "queries", q)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (windows, heads, n_tokens, head_dim)
         angles = self._angles_of(block, batch)
         if angles is not None:

@@ -10,7 +10,8 @@ Llama 3.1 frequency scaling: the `llama3` rope type of Hugging Face configs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from edgeq.errors import UnsupportedError
 
 RopeKind = Literal["plain", "linear", "factors", "yarn", "longrope"]
+
+NEVER = 1e30  # divisor of a pair that does not rotate: a billion tokens turn it by 1e-21. Loaders that check tensors refuse infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,44 @@ class RopeSpec:
         if self.kind == "yarn":
             return self._yarn(plain)
         return plain
+
+    def widened(self, head_dim: int) -> RopeSpec:
+        """The same rotation stated for whole heads: dimensions beyond `dim` become pairs that never turn, behind those that do.
+
+        Raises UnsupportedError when they do not come in pairs.
+        """
+        if self.dim == head_dim:
+            return self
+        if head_dim % 2:
+            raise UnsupportedError(f"heads of {head_dim} dimensions do not divide into pairs")
+        return self._with_pairs(head_dim, tuple(range(self.dim // 2)))
+
+    def take(self, pairs: Sequence[int]) -> RopeSpec:
+        """A rotation whose pair j turns as pair pairs[j] does here. Scaling becomes one divisor per pair, but for longrope's two.
+
+        YaRN is written out even if no pair moves: its ramp goes by the number of a pair, so that another number of pairs would change it.
+        Raises UnsupportedError for pairs that are not there, or named twice.
+        """
+        if len(set(pairs)) != len(pairs) or not all(0 <= pair < self.dim // 2 for pair in pairs):
+            raise UnsupportedError(f"the rope has pairs 0 to {self.dim // 2 - 1}, each at most once; got {list(pairs)}")
+        if self.kind != "yarn" and list(pairs) == list(range(self.dim // 2)):
+            return self
+        return self._with_pairs(2 * len(pairs), tuple(pairs))
+
+    def _with_pairs(self, dim: int, pairs: tuple[int, ...]) -> RopeSpec:
+        """Frequencies of `pairs`, in the first pairs of `dim` dimensions; the others never turn."""
+        plain = self.base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+        def divisors(frequencies: npt.NDArray[np.float64]) -> tuple[float, ...]:
+            values = np.full(dim // 2, NEVER)
+            values[: len(pairs)] = np.minimum(plain[: len(pairs)] / frequencies[list(pairs)], NEVER)
+            return tuple(values.tolist())
+
+        if self.kind == "longrope":
+            assert self.original_n_ctx is not None
+            short, long = (divisors(self.frequencies(n_ctx)) for n_ctx in (self.original_n_ctx, self.original_n_ctx + 1))
+            return replace(self, dim=dim, short_factors=short, long_factors=long)
+        return RopeSpec(dim=dim, base=self.base, kind="factors", factors=divisors(self.frequencies(0)), attn_factor=self.attn_factor)
 
     def _yarn(self, plain: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         low, high = (self._yarn_dim(beta) for beta in (self.beta_fast, self.beta_slow))

@@ -1,13 +1,10 @@
 """Sorting: in which order the parts of a model may go, and what makes up for them.
 
-1. `edgeq.sensitivity` measures every MLP channel and KV group in nats per token.
+1. `edgeq.sensitivity` measures every MLP channel, KV group, head dimension and layer in nats per token.
 2. Within a layer, the least sensitive goes first.
-3. Between layers, what is lost per parameter decides, with a layer's sensitivities divided by the square root of their mean.
-   Sensitivities predict the first parts that go, one at a time; when many go, errors of neighbours add up and a layer loses more than
-   their sum, so that taking them at face value empties a few layers. On SmolLM2-135M with least-squares compensation (perplexity on
-   held-out WikiText in windows of 512, full model 29.3), removing 15 / 25 % of block parameters gave 36.0 / 42.5 with a mixture of
-   60 % face value and 40 % equal widths, and 35.6 / 41.7 with the square root; equal widths at 15 % gave 37.6.
-4. A factor model of the hidden activations is kept for each layer; the device compensates any cut from it (`edgeq.compensation`).
+3. Between layers and ports, what is lost per parameter decides (`edgeq.allocation`).
+4. A factor model of the hidden activations is kept for each layer (`edgeq.hidden_fit`); the device compensates any cut from it
+   (`edgeq.compensation`).
 
 Layers are streamed: what stays is an order, a few numbers and `rank` columns for each.
 """
@@ -21,131 +18,115 @@ import numpy as np
 import torch
 
 from edgeq import ports
+from edgeq.allocation import Freedom, build_ladder
 from edgeq.compensation import Floats, HiddenModel
-from edgeq.elastic import MAX_RATE, Ladder, Port, Step
-from edgeq.errors import UnsupportedError
+from edgeq.elastic import Ladder, Port
+from edgeq.hidden_fit import UNCHECKED_NOISE, held_back_noise, hidden_model, with_noise
 from edgeq.ports import Index
 from edgeq.progress import Progress, silent
 from edgeq.reference import Reference
-from edgeq.sensitivity import layer_statistics
-from edgeq.spec import Mlp, ModelSpec
-from edgeq.tensors import LazyTensor
+from edgeq.sensitivity import HeadStatistics, LayerStatistics, Moments, layer_statistics
+from edgeq.transforms import Numbers
 
-# A channel keeps at least this share of its variance as noise of its own, so that no regression weight grows without bound.
-_LEAST_NOISE = 0.05
-_SWEEPS = 6
+# How much more a KV group costs than its sensitivity says. A group is a large part of its layer, beyond where the second order holds, and
+# nothing makes up for it. SmolLM2-135M, 25 % of parameters removed, perplexity on WikiText (full model 29.3): with 1, 13 groups of 90 go
+# and it is 63.3; with 4, one goes and it is 51.6; with 10, none and 52.0. Calibrated on WikiText itself 5 go with 1, and it is 41.6, or
+# 42.0 when none may.
+_GROUP_COST = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sorting:
-    """orders: for each block of the spec, its parts from the most important one down. hidden: by layer, in the sorted order."""
+    """orders: for each block of the spec, its parts from the most important one down. hidden: by layer, in the sorted order.
+
+    Where heads may be cut: pair_order, the RoPE pairs of the whole model from the most important one down, and rotations, by layer, the
+    principal directions of each KV head's values, strongest first; both as `ports.apply` takes them.
+    """
 
     orders: tuple[Index, ...]
     ladder: Ladder
     hidden: Mapping[int, HiddenModel]
+    pair_order: Index | None = None
+    rotations: Mapping[int, Numbers] | None = None
 
 
-def sort(reference: Reference, windows: Sequence[Sequence[int]], *, channel_step: int, rank: int, progress: Progress = silent) -> Sorting:
+def sort(
+    reference: Reference,
+    windows: Sequence[Sequence[int]],
+    *,
+    channel_step: int,
+    rank: int,
+    freedom: Mapping[str, Freedom],
+    head_sizes: Sequence[int] = (),
+    held_back: Sequence[Sequence[int]] = (),
+    progress: Progress = silent,
+) -> Sorting:
     """Measure a model on calibration windows of one length and decide in which order its parts go.
 
     channel_step: channels that go at once, a multiple of what the grid of down_proj can be cut by. rank: columns of each factor
-    model, at most n_ff; 0 for none. Raises UnsupportedError when steps of this size do not lead to MAX_RATE.
+    model, at most n_ff; 0 for none. freedom: by port, as for `build_ladder`. head_sizes: smaller heads to prepare for; none leaves
+    heads as they are. held_back: windows, of the same length, that tell how far compensation can be trusted. The same input gives the
+    same result. Raises UnsupportedError when steps of this size do not lead to MAX_RATE, UsageError for windows of other shapes,
+    SourceError when the model computes NaN.
     """
-    spec = reference.spec
+    spec, with_heads = reference.spec, bool(head_sizes) and freedom.get("head", "no") != "no"
     sensitivity: dict[tuple[Port, int], Floats] = {}
     hidden: dict[int, HiddenModel] = {}
-    for found in layer_statistics(reference, windows, progress=progress):
-        sensitivity["ffn", found.layer] = found.channels.cpu().numpy()
-        sensitivity["kv_group", found.layer] = found.groups.cpu().numpy()
-        if len(found.channels):
-            order = torch.from_numpy(_order(sensitivity["ffn", found.layer])).to(found.channels.device)
-            hidden[found.layer] = hidden_model(found.mean[order], found.second[order][:, order], rank=rank)
-    steps = ladder(spec, reference.tensors, sensitivity, channel_step=channel_step)
-    return Sorting(orders=tuple(_order(sensitivity[ports.port_of(b), b.layer]) for b in spec.blocks), ladder=steps, hidden=hidden)
-
-
-def apply(spec: ModelSpec, tensors: Mapping[str, LazyTensor], orders: Sequence[Index]) -> dict[str, LazyTensor]:
-    """The model in sorted order: the same function, its parts moved. orders: as in `Sorting`."""
-    moved = dict(tensors)
-    for block, order in zip(spec.blocks, orders, strict=True):
-        moved = ports.select(moved, block, order)
-    return moved
-
-
-def ladder(
-    spec: ModelSpec, tensors: Mapping[str, LazyTensor], sensitivity: Mapping[tuple[Port, int], Floats], *, channel_step: int
-) -> Ladder:
-    """One order of steps over all layers and ports, up to the first that reaches MAX_RATE.
-
-    sensitivity: of every part, by port and layer, nats per token, in any order. Every block keeps at least one step of channels or
-    one group. Tensors are asked for their shapes only. Raises UnsupportedError when that leaves more than 1 - MAX_RATE.
-    """
-    candidates: list[tuple[float, Step]] = []
-    for block in spec.blocks:
-        port, at_once = ports.port_of(block), channel_step if isinstance(block, Mlp) else 1
-        values = -np.sort(-sensitivity[port, block.layer].astype(np.float64))
-        part, scale = ports.parameters(tensors, block), _scale(sensitivity["ffn", block.layer])
-        highest = 0.0  # within a layer a later step never comes before an earlier one
-        start = len(values)
-        for stop in range((start - 1) // at_once * at_once, 0, -at_once):
-            damage = float(values[stop:start].sum())
-            step = Step(layer=block.layer, port=port, start=start, stop=stop, removed=(start - stop) * part, damage=damage)
-            start = stop
-            highest = max(highest, damage / step.removed / scale)
-            candidates.append((highest, step))
-    candidates.sort(key=lambda candidate: candidate[0])  # stable: ties in the order of blocks
-    total = ports.block_params(tensors)
-    steps, removed = [], 0
-    for _, step in candidates:
-        steps.append(step)
-        removed += step.removed
-        if removed >= MAX_RATE * total:
-            widths = {b.layer: ports.size(b) for b in spec.mlps}
-            groups = {b.layer: ports.size(b) for b in spec.attention}
-            return Ladder(
-                n_ff=tuple(widths.get(i, 0) for i in range(spec.n_layers)),
-                n_kv=tuple(groups.get(i, 0) for i in range(spec.n_layers)),
-                block_params=total,
-                steps=tuple(steps),
-            )
-    raise UnsupportedError(
-        f"cutting {channel_step} MLP channels at a time, down to one step of each layer, removes {removed:,} of {total:,} block "
-        f"parameters, less than the {MAX_RATE:.0%} of an elastic package. Export this model with --fixed, or in a type with smaller blocks."
+    heads: dict[int, HeadStatistics] = {}
+    for found in layer_statistics(reference, windows, held_back, heads=with_heads, progress=progress):
+        sensitivity |= _sensitivities(found)
+        if found.taught is not None:
+            order = _order(sensitivity["ffn", found.layer])
+            hidden[found.layer] = _hidden(reference, found, order, rank)
+        if found.heads is not None:
+            heads[found.layer] = found.heads
+    pair_order = None
+    if heads:
+        pair_order = _order(sum(statistics.pairs.cpu().double() for statistics in heads.values()).numpy())
+        sensitivity |= {("head", layer): _head_sensitivity(statistics, pair_order) for layer, statistics in heads.items()}
+    return Sorting(
+        orders=tuple(_order(sensitivity[ports.port_of(b), b.layer]) for b in spec.blocks),
+        ladder=build_ladder(
+            spec, reference.tensors, sensitivity, freedom=freedom, channel_step=channel_step, head_sizes=head_sizes if with_heads else ()
+        ),
+        hidden=hidden,
+        pair_order=pair_order,
+        rotations={layer: statistics.rotations.cpu().numpy() for layer, statistics in heads.items()} if heads else None,
     )
 
 
-def hidden_model(mean: torch.Tensor, second: torch.Tensor, *, rank: int) -> HiddenModel:
-    """Factor model of hidden activations with this mean (n_ff,) and these second moments (n_ff, n_ff).
+def _sensitivities(found: LayerStatistics) -> dict[tuple[Port, int], Floats]:
+    """Those of one layer by port."""
+    values: dict[tuple[Port, int], Floats] = {("layer", found.layer): found.whole.cpu().numpy()}
+    if len(found.channels):
+        values["ffn", found.layer] = found.channels.cpu().numpy()
+    if len(found.groups):
+        values["kv_group", found.layer] = _GROUP_COST * found.groups.cpu().numpy()
+    return values
 
-    Principal factors of the correlation matrix: eigenvectors of it less its noise, and the noise from them, in turns. The eigenvectors
-    come from subspace iteration, started at random with a fixed seed, so that no (n_ff, n_ff) decomposition is needed.
-    """
-    covariance = second - torch.outer(mean, mean)
-    deviation = covariance.diagonal().clamp_min(0).sqrt()
-    n_ff, rank = len(mean), min(rank, len(mean))
-    noise, factors = torch.ones_like(mean), mean.new_zeros(n_ff, rank)
-    if rank:
-        unit = torch.where(deviation > 0, 1 / deviation, 0)
-        correlation = covariance * unit[:, None] * unit
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(n_ff, min(rank + 8, n_ff), generator=generator).to(mean)
-        noise = noise / 2
-        for sweep in range(_SWEEPS):
-            for _ in range(4 if sweep == 0 else 2):
-                basis = torch.linalg.qr(correlation @ basis - noise[:, None] * basis)[0]
-            values, vectors = torch.linalg.eigh(basis.T @ (correlation @ basis - noise[:, None] * basis))
-            factors = (basis @ vectors)[:, -rank:] * values[-rank:].clamp_min(0).sqrt()
-            noise = (1 - factors.square().sum(1)).clamp(_LEAST_NOISE, 1)
-    return HiddenModel(
-        mean=mean.cpu().numpy(), factors=(factors * deviation[:, None]).cpu().numpy(), noise=(noise * deviation.square()).cpu().numpy()
-    )
+
+def _head_sensitivity(statistics: HeadStatistics, pair_order: Index) -> Floats:
+    """(head_dim / 2,): the j-th pair in this order together with the value dimensions 2j and 2j + 1."""
+    values = statistics.values.cpu().numpy().reshape(-1, 2).sum(1)
+    return statistics.pairs.cpu().numpy()[pair_order] + values
+
+
+def _hidden(reference: Reference, found: LayerStatistics, order: Index, rank: int) -> HiddenModel:
+    """The factor model of a layer, its channels in this order."""
+    assert found.taught is not None
+    taught = _in_order(found.taught, order)
+    model = hidden_model(taught.mean, taught.second, rank=rank)
+    if found.checked is None:
+        return with_noise(model, UNCHECKED_NOISE)
+    down = torch.from_numpy(reference.tensors[f"layers.{found.layer}.down.weight"].decode()[:, order]).to(taught.second)
+    return held_back_noise(model, down, _in_order(found.checked, order))
+
+
+def _in_order(moments: Moments, order: Index) -> Moments:
+    index = torch.from_numpy(order).to(moments.mean.device)
+    return Moments(moments.mean[index], moments.second[index[:, None], index])
 
 
 def _order(values: Floats) -> Index:
     """Positions from the largest value down; equal ones keep their order."""
     return np.argsort(-values, kind="stable")
-
-
-def _scale(channels: Floats) -> float:
-    """What a layer's sensitivities are divided by before layers are compared."""
-    return float(np.sqrt(channels.mean(dtype=np.float64))) if len(channels) and channels.any() else 1.0

@@ -1,35 +1,64 @@
-"""UniQL's way of cutting, for comparison: every port of every layer by the same rate (arXiv:2512.03383, section 3).
+"""UniQL's way of cutting, for comparison (arXiv:2512.03383, section 3; rates as in the authors' compress/get_layer_ratio.py).
 
 MLP channels by ridge leverage of down_proj's input; value dimensions of each KV group by the principal directions of its values; query
-and key RoPE pairs of each head by the product of their root mean squares. Stock GGUF cannot store per-head pairs, so a cut is given
-as tensors of full size whose removed directions are zero: the same function as the smaller model, for the float reference to run.
+and key RoPE pairs of each head by the product of their root mean squares. All ports of a layer lose the same share. Layers lose
+n_layers * rate * softmax(-importance / 0.1), at most 0.85 each, what is above that being lost to no other layer; or all the same.
+A layer's importance is 1 - cos(what enters it, what leaves it), on the last token of each window.
 
-Layer rates are uniform. The published code also offers rates by block importance, which this does not follow.
+Stock GGUF cannot store per-head pairs, so a cut is given as tensors of full size whose removed directions are zero (`masked`): the same
+function as the smaller model, for the float reference to run. What stock GGUF can store of it is a sorted file cut in its MLP channels
+alone (`sort`), in which whole heads stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from edgeq import ports
 from edgeq.errors import PlanError, UnsupportedError
 from edgeq.families import family
 from edgeq.progress import Progress, silent
 from edgeq.reference import Point, Reference
+from edgeq.sorting import Sorting
 from edgeq.spec import Attention, Mlp
 from edgeq.tensors import Floats, LazyTensor, from_values, map_values
+from edgeq.width_ladder import width_ladder
 
 Moments = Mapping[tuple[int, Point], torch.Tensor]
 
+EPSILON = 0.1  # of the softmax: the authors' default
+MOST = 0.85  # of a layer
+_BATCH_TOKENS = 1024
 
-def second_moments(reference: Reference, windows: Sequence[Sequence[int]], *, progress: Progress = silent) -> Moments:
-    """E[x x^T] of the input of attention ("attn_in", with a 1 appended for biases) and of down_proj ("mlp_hidden"), by layer."""
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """moments: E[x x^T] of the input of attention ("attn_in", with a 1 appended for biases) and of down_proj ("mlp_hidden"), by layer.
+
+    importance: of each layer, 0 to 2.
+    """
+
+    moments: Moments
+    importance: tuple[float, ...]
+
+
+def measure(
+    reference: Reference,
+    windows: Sequence[Sequence[int]],
+    *,
+    points: Sequence[Point] = ("attn_in", "mlp_hidden"),
+    progress: Progress = silent,
+) -> Measurement:
+    """One pass over windows of one length. points: those whose moments are wanted."""
     sums: dict[tuple[int, Point], torch.Tensor] = {}
+    importance = []
 
     def add(layer: int | None, point: Point, x: torch.Tensor) -> None:
-        if layer is None or point not in ("attn_in", "mlp_hidden"):
+        if layer is None or point not in points:
             return
         x = x.flatten(0, -2)
         if point == "attn_in":
@@ -37,23 +66,64 @@ def second_moments(reference: Reference, windows: Sequence[Sequence[int]], *, pr
         known = sums.get((layer, point))
         sums[layer, point] = x.T @ x if known is None else known.addmm_(x.T, x)
 
-    reference.hidden(windows, observe=add, progress=progress)
+    states, n_layers = reference.embed(windows), reference.spec.n_layers
+    batch = max(1, _BATCH_TOKENS // states.shape[1])
+    for layer, blocks in reference.spec.layers():
+        progress("calibrate", layer, n_layers)
+        run = reference.layer(blocks)
+        with torch.no_grad():
+            behind = torch.cat([run(part, add) for part in states.split(batch)])
+        importance.append(1 - float(torch.cosine_similarity(states[:, -1], behind[:, -1], dim=-1).mean()))
+        states = behind
+    progress("calibrate", n_layers, n_layers)
     n_tokens = sum(len(window) for window in windows)
-    return {key: total / n_tokens for key, total in sums.items()}
+    return Measurement(moments={key: total / n_tokens for key, total in sums.items()}, importance=tuple(importance))
 
 
-def masked(reference: Reference, moments: Moments, rate: float) -> dict[str, LazyTensor]:
-    """The reference's tensors with a fraction `rate` of every port zeroed, counts rounded to the nearest.
+def layer_rates(importance: Sequence[float], rate: float) -> tuple[float, ...]:
+    """What each layer loses when the model is to lose `rate`; their mean is less than that when a layer reaches MOST.
+
+    >>> [round(r, 3) for r in layer_rates([0.2, 0.1, 0.3], 0.2)]
+    [0.147, 0.399, 0.054]
+    """
+    shares = torch.tensor([-s / EPSILON for s in importance], dtype=torch.float64).softmax(0)
+    return tuple((len(shares) * rate * shares).clamp(max=MOST).tolist())
+
+
+def sort(
+    reference: Reference, windows: Sequence[Sequence[int]], *, channel_step: int, alike: bool = False, progress: Progress = silent
+) -> Sorting:
+    """What stock GGUF can store of the published way: MLP channels by leverage, cut at the published layer rates, nothing compensated.
+
+    alike: all layers lose the same. Raises UnsupportedError as `width_ladder`.
+    """
+    spec, found = reference.spec, measure(reference, windows, points=("mlp_hidden",), progress=progress)
+    ladder = width_ladder(
+        spec, reference.tensors, channel_step=channel_step, alike=alike, shares=layer_rates(found.importance, 1 / spec.n_layers), most=MOST
+    )
+    orders = [
+        leverage(found.moments[b.layer, "mlp_hidden"]).argsort(descending=True, stable=True).cpu().numpy()
+        if isinstance(b, Mlp)
+        else np.arange(ports.size(b))
+        for b in spec.blocks
+    ]
+    return Sorting(orders=tuple(orders), ladder=ladder, hidden={})
+
+
+def masked(reference: Reference, moments: Moments, rate: float | Sequence[float]) -> dict[str, LazyTensor]:
+    """The reference's tensors with a fraction `rate` (of all layers, or of each) of every port zeroed, counts rounded to the nearest.
 
     Raises PlanError for a rate outside [0, 1), UnsupportedError where norms on queries and keys mix their dimensions.
     """
     spec, tensors = reference.spec, dict(reference.tensors)
-    if not 0 <= rate < 1:
-        raise PlanError(f"rate {rate:g} is outside 0 to 1: a rate is the fraction of every port to remove.")
+    rates = [rate] * spec.n_layers if isinstance(rate, float | int) else list(rate)
+    wrong = next((r for r in rates if not 0 <= r < 1), None)
+    if wrong is not None:
+        raise PlanError(f"rate {wrong:g} is outside 0 to 1: a rate is the fraction of every port to remove.")
     if family(spec.family).qk_norm:
         raise UnsupportedError(f"{spec.family} normalizes queries and keys over all dimensions; mode uniql has no rule for that.")
     for block in spec.blocks:
-        name = f"layers.{block.layer}"
+        name, rate = f"layers.{block.layer}", rates[block.layer]
         if isinstance(block, Mlp):
             lost = channels_lost(moments[block.layer, "mlp_hidden"], round(block.n_ff * rate)).cpu().numpy()
             tensors[f"{name}.down.weight"] = map_values(tensors[f"{name}.down.weight"], _zero_columns(lost))
@@ -70,9 +140,14 @@ def masked(reference: Reference, moments: Moments, rate: float) -> dict[str, Laz
 
 
 def channels_lost(second: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` channels of least ridge leverage diag(C (C + l I)^-1), l being the mean of C's diagonal."""
+    """The `count` channels of least ridge leverage."""
+    return leverage(second).argsort(stable=True)[:count]
+
+
+def leverage(second: torch.Tensor) -> torch.Tensor:
+    """Ridge leverage diag(C (C + l I)^-1) of the channels whose second moments are C, l being the mean of C's diagonal."""
     ridge = second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
-    return torch.linalg.solve(second + ridge, second).diagonal().argsort()[:count]
+    return torch.linalg.solve(second + ridge, second).diagonal()
 
 
 def _project_values(wv: torch.Tensor, second: torch.Tensor, block: Attention, count: int) -> torch.Tensor:

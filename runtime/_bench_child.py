@@ -1,7 +1,7 @@
 """The process in which one artifact is measured. Started by `edgeq.runtime.bench`, never by hand; definitions are there.
 
-Requests, in order: {"op": "load", path, threads, device, n_ctx, kv_type}, any number of {"op": "repeat", prompt, gen_tokens},
-{"op": "end"}. Between requests it waits for its stdin and uses no processor.
+Requests, in order: {"op": "load", path, adapter, threads, device, n_ctx, kv_type}, any number of {"op": "repeat", prompt, gen_tokens},
+{"op": "end", repeat}. Between requests it waits for its stdin and uses no processor.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edgeq.runtime.child import serve
@@ -16,7 +17,7 @@ from edgeq.runtime.contention import others_meter
 from edgeq.runtime.decoding import greedy_steps
 from edgeq.runtime.device import parse_device
 from edgeq.runtime.energy import cpu_meter, gpu_meter, vram_bytes
-from edgeq.runtime.llama import ALL_LAYERS, LlamaContext, LlamaModel, library
+from edgeq.runtime.llama import ALL_LAYERS, LlamaAdapter, LlamaContext, LlamaModel, library
 from edgeq.runtime.memory import peak_rss_bytes, process_memory
 
 
@@ -26,13 +27,16 @@ class Bench:
     def __init__(self) -> None:
         self.gpu: int | None = None
 
-    def load(self, *, path: str, threads: int | None, device: str, n_ctx: int, kv_type: str) -> dict[str, Any]:
+    def load(self, *, path: str, adapter: str | None, threads: int | None, device: str, n_ctx: int, kv_type: str) -> dict[str, Any]:
         self.gpu = parse_device(device)
         library()
         before = process_memory(model_bytes=0, kv_bytes=0).rss
         began = time.perf_counter()
         self.model = LlamaModel.load(path, gpu_layers=0 if self.gpu is None else ALL_LAYERS, main_gpu=self.gpu or 0)
         self.context = LlamaContext(self.model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, max_outputs=1)
+        self.adapter = None if adapter is None else LlamaAdapter.load(self.model, Path(adapter))
+        if self.adapter is not None:
+            self.context.set_adapters({self.adapter: 1.0})
         load_s = time.perf_counter() - began
         return {"load_s": load_s, "rss_before_load_bytes": before, "threads": self.context.threads, "description": self.model.description}
 
@@ -56,9 +60,14 @@ class Bench:
             "other_cores": others(),
         }
 
-    def end(self) -> dict[str, Any]:
+    def end(self, *, repeat: int) -> dict[str, Any]:
         vram = None if self.gpu is None else vram_bytes(self.gpu, os.getpid())
-        return {"peak_rss_bytes": peak_rss_bytes(), "vram_bytes": vram, "model_bytes": self.model.size_bytes}
+        memory = {"peak_rss_bytes": peak_rss_bytes(), "vram_bytes": vram, "model_bytes": self.model.size_bytes}
+        if self.adapter is None:
+            return {**memory, "adapter_switch_ms": None}
+        from edgeq.runtime.switching import switch_seconds  # not before the model is loaded: what it imports would count as the model's
+
+        return {**memory, "adapter_switch_ms": 1000 * switch_seconds(self.context, self.adapter, repeat=repeat)}
 
 
 def main() -> None:

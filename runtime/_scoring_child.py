@@ -1,8 +1,8 @@
 """The process in which a `ScoringWorker` scores: loads one artifact in llama.cpp and answers requests about it.
 
 Its argument is an inherited file descriptor for what is too large for an answer: logits, float32 (n_tokens, n_vocab) from the start of
-that file. The first request is {"op": "load", artifact, n_ctx, threads, n_ubatch}; the others are methods of `Scorer`. What it logs
-is quoted by the parent when it dies.
+that file. The first request is {"op": "load", artifact, adapter, n_ctx, threads, n_ubatch}; the others are methods of `Scorer`. What it
+logs is quoted by the parent when it dies.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import numpy as np
 
 from edgeq.runtime.child import serve
 from edgeq.runtime.likelihood import Floats, negative_log_likelihood
-from edgeq.runtime.llama import LlamaContext, LlamaModel, library
+from edgeq.runtime.llama import LlamaAdapter, LlamaContext, LlamaModel, library
 from edgeq.runtime.memory import peak_rss_bytes
 
 
 class Scorer:
-    """One artifact, loaded. Generators yield how many tokens of a window are done."""
+    """One artifact, loaded, with an adapter or none. Generators yield how many tokens of a window are done."""
 
-    def __init__(self, logits_file: int, *, artifact: str, n_ctx: int, threads: int | None, n_ubatch: int) -> None:
+    def __init__(self, logits_file: int, *, artifact: str, adapter: str | None, n_ctx: int, threads: int | None, n_ubatch: int) -> None:
         self._model = LlamaModel.load(Path(artifact))
         self._context = LlamaContext(self._model, n_ctx=n_ctx, n_batch=n_ubatch, n_ubatch=n_ubatch, threads=threads)
+        if adapter is not None:
+            self._context.set_adapters({LlamaAdapter.load(self._model, Path(adapter)): 1.0})
         self._logits_file = logits_file
 
     def facts(self) -> dict[str, Any]:

@@ -14,14 +14,15 @@ peak_rss_bytes      most memory the process ever had resident (VmHWM), Python an
 model_bytes         all tensors of the artifact.
 kv_bytes            keys and values of the context, prompt_tokens + gen_tokens rounded up to 256 cells, as llama.cpp allocates them.
 vram_bytes          GPU memory of the process by NVML.
+adapter_switch_ms   with an adapter: what changing to it, once it is in memory, adds to the next computation (`edgeq.runtime.switching`).
 energy_j_per_token  energy of the decode steps / gen_tokens: processor packages (RAPL) on the CPU, the GPU's counter (NVML) on a GPU.
                     The counters are the device's, not the process's.
 samples             the raw figures, one entry per repeat, in the order they were taken.
 
 Single figures are medians over repeats; what the device does not tell is None. The prompt is a fixed pseudo-random sequence of ids
-below the smallest vocabulary of the artifacts, the same ids for all, so nothing is tokenized. One warm-up comes first: the
-whole prompt and a few steps, thrown away. Repeats go in
-turns, A B A B, so that a slow spell of the machine meets all artifacts; processes that wait use no processor. Use of the machine by
+below the smallest vocabulary of the artifacts, the same ids for all, so nothing is tokenized. One warm-up comes first: the whole prompt
+and a few steps, thrown away. Repeats go in turns, A B A B, cuts of one package like artifacts of their own, so that a slow spell of the
+machine meets all of them; processes that wait use no processor. A cut is made in memory before anything is timed. Use of the machine by
 others is recorded per repeat and `environment.contention.warning` says when it passed 5 % of a core.
 """
 
@@ -37,12 +38,17 @@ from typing import Any
 import numpy as np
 import psutil
 
+from edgeq.adapter_records import find_adapter
+from edgeq.elastic import MAX_RATE
 from edgeq.errors import PlanError, RuntimeFailure, UsageError
-from edgeq.package import Package, resolve_artifact, sha256
+from edgeq.package import resolve_artifact, sha256
 from edgeq.progress import Progress, silent
+from edgeq.runtime.adapter_file import check_base, read_adapter
 from edgeq.runtime.child import Child
 from edgeq.runtime.contention import THRESHOLD
+from edgeq.runtime.cut_adapter import cut_adapter_to_memory
 from edgeq.runtime.device import parse_device
+from edgeq.runtime.elastic_package import open_elastic
 from edgeq.runtime.environment import describe
 from edgeq.runtime.gguf_facts import GgufFacts, read_facts
 from edgeq.runtime.llama import NO_GPU_BUILD, library
@@ -57,7 +63,10 @@ _WARM_STEPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """One row; fields and units as in the module docstring. rate: fraction pruned, None for a file that does not say; adapter: its name."""
+    """One row; fields and units as in the module docstring.
+
+    rate: what the model is cut or pruned by, None for a file that does not say. adapter: name of the one beside it, on all tokens.
+    """
 
     artifact: str
     runtime: str
@@ -74,6 +83,7 @@ class BenchResult:
     kv_bytes: int
     vram_bytes: int | None
     energy_j_per_token: float | None
+    adapter_switch_ms: float | None
     samples: Mapping[str, Any]
     environment: Mapping[str, Any]
 
@@ -83,13 +93,15 @@ class BenchResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """An artifact to measure."""
+    """An artifact to measure, or a cut of one, which is in memory already. adapter: name and file, cut alike."""
 
     artifact: str
     path: Path
-    package: Package | None
+    is_cut: bool = False
+    rate: float | None
     facts: GgufFacts
     sha256: str
+    adapter: tuple[str, Path] | None = None
 
 
 def bench(
@@ -100,13 +112,18 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     device: str = "cpu",
+    rates: Sequence[float] | None = None,
+    adapter: str | None = None,
     progress: Progress = silent,
 ) -> list[BenchResult]:
     """Measure packages or GGUF files side by side; results in the order given.
 
-    threads: default is every core this process may use. device: "cpu", "cuda" or "cuda:N".
-    Raises UsageError for counts below 1 or an unknown device, PlanError when the artifacts do not fit into memory together,
-    SourceError/UnsupportedError/PackageError for a bad artifact, RuntimeFailure when llama.cpp refuses or dies.
+    rates: measure every artifact at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter of the uncut
+    model, by path. threads: default is every core this process may use. device: "cpu", "cuda" or
+    "cuda:N".
+    Raises UsageError for counts below 1, an unknown device or rates that make no list, PlanError when the artifacts do not fit into memory
+    together, PackageError for a rate above 0 of what cannot be cut, SourceError/UnsupportedError/PackageError for a bad artifact,
+    AdapterError for an adapter that is broken or another model's, RuntimeFailure when llama.cpp refuses or dies.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("gen_tokens", gen_tokens), ("repeat", repeat)):
         if value < 1:
@@ -118,8 +135,26 @@ def bench(
         raise RuntimeFailure(NO_GPU_BUILD)
     device = "cpu" if gpu is None else f"cuda:{gpu}"
     n_ctx = prompt_tokens + gen_tokens
-    entries = [_entry(artifact) for artifact in artifacts]
-    _check_memory(entries, n_ctx)
+    check_rates(rates)
+    with ExitStack() as cuts:
+        entries = [_entry(artifact, rate, adapter, cuts) for artifact in artifacts for rate in (rates if rates is not None else [None])]
+        _check_memory(entries, n_ctx)
+        return _measure(entries, prompt_tokens, gen_tokens, repeat, threads, device, progress)
+
+
+def check_rates(rates: Sequence[float] | None) -> None:
+    """Raises UsageError for an empty list, one that repeats a rate, and rates outside 0 to MAX_RATE."""
+    if rates is None:
+        return
+    if not rates or len(set(rates)) < len(rates) or not all(0 <= rate <= MAX_RATE for rate in rates):
+        given = ", ".join(f"{rate:g}" for rate in rates) or "none"
+        raise UsageError(f"rates to measure are {given}. Give different numbers from 0 to {MAX_RATE}, e.g. 0,0.15,0.25.")
+
+
+def _measure(
+    entries: Sequence[_Entry], prompt_tokens: int, gen_tokens: int, repeat: int, threads: int | None, device: str, progress: Progress
+) -> list[BenchResult]:
+    n_ctx = prompt_tokens + gen_tokens
     prompt = prompt_ids(min(entry.facts.n_vocab for entry in entries), prompt_tokens)
     total = len(entries) * (2 + repeat)
     done = 0
@@ -134,7 +169,8 @@ def bench(
         children = [stack.enter_context(Child("edgeq.runtime._bench_child", entry.artifact)) for entry in entries]
         loaded = []
         for entry, child in zip(entries, children, strict=True):
-            request = {"path": str(entry.path), "threads": threads, "device": device, "n_ctx": n_ctx, "kv_type": KV_TYPE}
+            files = {"path": str(entry.path), "adapter": None if entry.adapter is None else str(entry.adapter[1])}
+            request = {**files, "threads": threads, "device": device, "n_ctx": n_ctx, "kv_type": KV_TYPE}
             loaded.append(child.ask({"op": "load", **request}))
             step()
         for child in children:
@@ -145,7 +181,7 @@ def bench(
             for child, taken in zip(children, samples, strict=True):
                 taken.append(child.ask({"op": "repeat", "prompt": prompt, "gen_tokens": gen_tokens}))
                 step()
-        ended = [child.ask({"op": "end"}) for child in children]
+        ended = [child.ask({"op": "end", "repeat": repeat}) for child in children]
     settings = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repeat": repeat, "n_ctx": n_ctx, "kv_type": KV_TYPE}
     return [
         _result(entry, device, settings, start, taken, end)
@@ -158,14 +194,38 @@ def prompt_ids(n_vocab: int, n_tokens: int) -> list[int]:
     return np.random.default_rng(_PROMPT_SEED).integers(0, n_vocab, n_tokens).tolist()
 
 
-def _entry(artifact: Path | str) -> _Entry:
+def _entry(artifact: Path | str, rate: float | None, adapter: str | None, cuts: ExitStack) -> _Entry:
+    """rate: None takes the artifact as it is. cuts: keeps a cut alive as long as it is measured."""
     path, package = resolve_artifact(Path(artifact))
-    return _Entry(artifact=str(artifact), path=path, package=package, facts=read_facts(path), sha256=sha256(path))
+    beside = None if adapter is None else find_adapter(package, adapter)
+    is_elastic = package is not None and package.manifest["export"].get("elastic")
+    if rate is not None and (rate or is_elastic):
+        elastic = open_elastic(Path(artifact))
+        size = elastic.at_rate(rate)
+        if size.n_steps:
+            cut = cuts.enter_context(elastic.cut_to_memory(size))
+            if beside is not None:
+                left = cut_adapter_to_memory(beside[1], elastic.path, size.kept, hidden=elastic.elastic.hidden)
+                beside = beside[0], cuts.enter_context(left).path
+            facts = _checked(cut.path, beside)
+            return _Entry(
+                artifact=str(artifact), path=cut.path, is_cut=True, rate=rate, facts=facts, sha256=cut.result.sha256, adapter=beside
+            )
+    stated = None if package is None else package.manifest["export"].get("rate")
+    return _Entry(artifact=str(artifact), path=path, rate=stated, facts=_checked(path, beside), sha256=sha256(path), adapter=beside)
+
+
+def _checked(path: Path, adapter: tuple[str, Path] | None) -> GgufFacts:
+    """Facts about a model that its adapter fits. Raises AdapterError."""
+    facts = read_facts(path)
+    if adapter is not None:
+        check_base(read_adapter(adapter[1]), facts)
+    return facts
 
 
 def _check_memory(entries: Sequence[_Entry], n_ctx: int) -> None:
     """All artifacts stay loaded for the whole run. A single one may still try its luck: its pages need not all be resident."""
-    needed = sum(entry.facts.tensor_bytes + kv_bytes(entry.facts, n_ctx, KV_TYPE) for entry in entries)
+    needed = sum((0 if entry.is_cut else entry.facts.tensor_bytes) + kv_bytes(entry.facts, n_ctx, KV_TYPE) for entry in entries)
     available = psutil.virtual_memory().available
     if len(entries) > 1 and needed > available:
         raise PlanError(
@@ -189,8 +249,8 @@ def _result(
         artifact=entry.artifact,
         runtime=RUNTIME,
         device=device,
-        rate=entry.package.manifest["export"].get("rate") if entry.package is not None else None,
-        adapter=None,
+        rate=entry.rate,
+        adapter=None if entry.adapter is None else entry.adapter[0],
         load_s=loaded["load_s"],
         ttft_ms=median(sample["ttft_ms"] for sample in taken),
         prefill_tok_s=median(prompt_tokens / sample["prefill_s"] for sample in taken),
@@ -201,6 +261,7 @@ def _result(
         kv_bytes=kv_bytes(entry.facts, settings["n_ctx"], KV_TYPE),
         vram_bytes=ended["vram_bytes"],
         energy_j_per_token=median(energies) / gen_tokens if energies else None,
+        adapter_switch_ms=ended["adapter_switch_ms"],
         samples={"rss_before_load_bytes": loaded["rss_before_load_bytes"], "repeats": list(taken)},
         environment={
             **describe(artifact_sha256=entry.sha256),

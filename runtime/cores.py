@@ -6,8 +6,6 @@ import math
 import os
 from pathlib import Path
 
-import psutil
-
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
@@ -15,9 +13,15 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 def usable_cores() -> int:
     """Physical cores this process may run on: affinity and container quota respected, hyperthreads of a core counted once."""
     cpus = affinity()
-    cores = len({_core_of(cpu) for cpu in cpus}) if cpus else psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    cores = len({_core_of(cpu) for cpu in cpus}) if cpus else _physical_cores()
     quota = _quota()
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
+
+
+def _physical_cores() -> int:
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def affinity() -> frozenset[int]:

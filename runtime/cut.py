@@ -20,13 +20,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import psutil
 
 from edgeq.elastic import Kept
 from edgeq.errors import OutputError, PackageError, SourceError
@@ -70,7 +68,7 @@ def cut_gguf(
     with staged_file(target, force=force, inputs=(source,)) as stage:
         check_disk(target, plan.nbytes)
         with _verified(source, sha256):
-            written = _write(plan, stage, progress)
+            written = write_plan(plan, stage, progress)
     return CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction)
 
 
@@ -98,17 +96,23 @@ def cut_to_memory(
     source: Path, kept: Kept, *, extras: Extras = NO_EXTRAS, sha256: str | None = None, progress: Progress = silent
 ) -> MemoryCut:
     """A cut of `source` in memory. Raises as `cut_gguf`; OutputError when there is not enough memory."""
-    plan = plan_cut(read_header(source), kept, extras)
+    return hold_plan(plan_cut(read_header(source), kept, extras), sha256=sha256, progress=progress)
+
+
+def hold_plan(plan: CutPlan, *, sha256: str | None = None, progress: Progress = silent) -> MemoryCut:
+    """What a plan describes, in memory. Raises as `cut_to_memory`."""
     with ExitStack() as undo:
         path, release = _memory_file(plan.nbytes) if hasattr(os, "memfd_create") else _temporary_file()
         undo.callback(release)
-        with _verified(source, sha256):
-            written = _write(plan, path, progress)
+        with _verified(plan.source, sha256):
+            written = write_plan(plan, path, progress)
         undo.pop_all()
     return MemoryCut(path, CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction), release)
 
 
 def _memory_file(nbytes: int) -> tuple[Path, Callable[[], None]]:
+    import psutil  # not for cuts to a file
+
     free = psutil.virtual_memory().available
     if nbytes > free:
         raise OutputError(f"a cut in memory needs {nbytes:,} bytes, {free:,} are free. Choose a higher rate, or cut to a file.")
@@ -128,7 +132,8 @@ def _temporary_file() -> tuple[Path, Callable[[], None]]:
     return path, release
 
 
-def _write(plan: CutPlan, path: Path, progress: Progress) -> Written:
+def write_plan(plan: CutPlan, path: Path, progress: Progress = silent) -> Written:
+    """Write what a plan describes to `path`; a failed write leaves what it wrote. Raises as `cut_gguf`, but for the target's name."""
     with _open(plan.source) as file:
         data = []
         for tensor in plan.tensors:
@@ -148,23 +153,22 @@ def _open(path: Path) -> Iterator[FileIO]:
 
 
 def _prefix(file: FileIO, path: Path, tensor: CutTensor) -> Iterable[Bytes]:
-    """The first rows of a tensor, of each the first bytes: read in whole rows, many at a time.
+    """What stays of a tensor: its first rows or heads, of each the first bytes. Read in whole rows or heads, many at a time.
 
     What is yielded is overwritten by the next piece.
     """
-    source, wanted = tensor.source, tensor.layout
-    assert source is not None
-    row_bytes, kept_bytes = (t.grid.row_bytes(t.shape[-1]) for t in (source, wanted))
-    n_rows = prod(wanted.shape[:-1])
-    if kept_bytes == row_bytes:
-        yield from _read(file, path, source.offset, n_rows * row_bytes, CHUNK_BYTES)
+    assert tensor.source is not None
+    n_units, (runs, run_bytes), (kept_runs, kept_bytes) = tensor.runs()
+    unit_bytes, offset = runs * run_bytes, tensor.source.offset
+    if (runs, run_bytes) == (kept_runs, kept_bytes):
+        yield from _read(file, path, offset, n_units * unit_bytes, CHUNK_BYTES)
         return
-    step = max(1, CHUNK_BYTES // row_bytes)
-    packed = np.empty((min(step, n_rows), kept_bytes), dtype=np.uint8)
-    for piece in _read(file, path, source.offset, n_rows * row_bytes, step * row_bytes):
-        rows = piece.reshape(-1, row_bytes)
-        np.copyto(packed[: len(rows)], rows[:, :kept_bytes])
-        yield packed[: len(rows)]
+    step = max(1, CHUNK_BYTES // unit_bytes)
+    packed = np.empty((min(step, n_units), kept_runs, kept_bytes), dtype=np.uint8)
+    for piece in _read(file, path, offset, n_units * unit_bytes, step * unit_bytes):
+        units = piece.reshape(-1, runs, run_bytes)
+        np.copyto(packed[: len(units)], units[:, :kept_runs, :kept_bytes])
+        yield packed[: len(units)]
 
 
 def _read(file: FileIO, path: Path, offset: int, n_bytes: int, step: int) -> Iterator[Bytes]:

@@ -1,18 +1,22 @@
 """What a cut of an elastic GGUF file consists of, worked out from its header alone: every tensor's new shape, and the fields that change.
 
-An elastic file stores MLP channels and KV groups of a layer in order of importance, so that what a cut keeps is always a prefix:
+An elastic file stores MLP channels and KV groups of a layer, and dimensions of heads, in order of importance, so that what a cut keeps
+is always a prefix:
 
     attn_q attn_k attn_v, ffn_gate ffn_up    the first rows (and the first values of their biases)
     attn_output, ffn_down                    the first columns of every row, in whole blocks
     norms, biases of attn_output, ffn_down   whole, as long as their attention or MLP has anything left
 
-A KV group is one KV head with the query heads that read it; GGUF keeps those next to each other. Layers keep their numbers: the layered
-architecture, deci, takes 0 heads and 0 neurons. Other architectures have one size for all layers, and no layer without either.
+A KV group is one KV head with the query heads that read it; GGUF keeps those next to each other. With smaller heads, of each head that
+stays it is the first rows of q, k and v and the first columns of the output: RoPE pairs lie side by side in q and k. What that changes
+about rotation is in `edgeq.runtime.cut_rope`. Layers keep their numbers: the layered architecture, deci, takes 0 heads and 0 neurons.
+Other architectures have one size for all layers, and no layer without either.
 What llama.cpp would refuse, abort on or compute wrongly is refused here: its rules are in models/deci.cpp and llama-model.cpp.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +25,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeq.elastic import Kept
 from edgeq.errors import PlanError, SourceError, UnsupportedError
@@ -29,6 +32,7 @@ from edgeq.gguf_fields import Field, ValueType
 from edgeq.gguf_file import Header, TensorInfo, TensorLayout
 from edgeq.gguf_write import predicted_bytes
 from edgeq.grids import F32, Grid
+from edgeq.runtime.cut_rope import check_head_cut, head_factors, head_fields
 from edgeq.runtime.gguf_facts import LAYERED
 from edgeq.tensors import Bytes, Floats
 
@@ -82,11 +86,12 @@ class Replacement:
 class Extras:
     """What a cut has besides a prefix of every tensor.
 
-    add: float32 biases by full name ("blk.3.ffn_down.bias"), in place of one that is there or as new ones. replace: tensors whose bytes
-    come from elsewhere, by name. fields: metadata to set, by key, after those of the source unless they are among them; None drops one.
+    add: float32 biases by full name ("blk.3.ffn_down.bias"), in place of one that is there or as new ones; a callable gives them when
+    their turn comes. replace: tensors whose bytes come from elsewhere, by name. fields: metadata to set, by key, after those of the source
+    unless they are among them; None drops one.
     """
 
-    add: Mapping[str, Floats] = field(default_factory=dict)
+    add: Mapping[str, Floats | Callable[[], Floats]] = field(default_factory=dict)
     replace: Mapping[str, Replacement] = field(default_factory=dict)
     fields: Mapping[str, Field | None] = field(default_factory=dict)
 
@@ -94,13 +99,41 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
+@dataclass(frozen=True)
+class HeadPrefix:
+    """Of the rows or columns of a tensor, each head has `full`, of which the first `kept` stay."""
+
+    axis: Literal["rows", "columns"]
+    full: int
+    kept: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class CutTensor:
-    """A tensor of the result. source: where its prefix is copied from; chunks: where its bytes come from otherwise."""
+    """A tensor of the result. source: where its prefix is copied from; chunks: where its bytes come from otherwise.
+
+    heads: how the prefix is made where heads have become smaller; a bias is one row.
+    """
 
     layout: TensorLayout
     source: TensorInfo | None = None
     chunks: Callable[[], Iterable[Bytes]] | None = None
+    heads: HeadPrefix | None = None
+
+    def runs(self) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """Of a tensor with a source: how many units to copy, and (runs in a unit, bytes in a run) of the source and of the result.
+
+        Of each unit the first runs stay, and of each run the first bytes.
+        """
+        assert self.source is not None
+        wanted, row_bytes = self.layout.shape, self.layout.grid.row_bytes
+        n_rows, row, kept_row = prod(wanted[:-1]), row_bytes(self.source.shape[-1]), row_bytes(wanted[-1])
+        if self.heads is None:
+            return n_rows, (1, row), (1, kept_row)
+        full, kept = self.heads.full, self.heads.kept
+        if self.heads.axis == "rows":
+            return n_rows // kept, (1, full * row), (1, kept * row)
+        return n_rows, (self.source.shape[-1] // full, row_bytes(full)), (wanted[-1] // kept, row_bytes(kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +165,8 @@ class Sizes:
     def layered(self) -> bool:
         return self.arch in LAYERED
 
-    def dims(self, layer: int, *, n_ff: int, n_kv: int) -> Mapping[Dim, int]:
-        return {"q": n_kv * self.gqa[layer] * self.head_dim, "kv": n_kv * self.head_dim, "ff": n_ff}
+    def dims(self, layer: int, *, n_ff: int, n_kv: int, head_dim: int) -> Mapping[Dim, int]:
+        return {"q": n_kv * self.gqa[layer] * head_dim, "kv": n_kv * head_dim, "ff": n_ff}
 
 
 def read_sizes(header: Header) -> Sizes:
@@ -167,6 +200,8 @@ def plan_cut(header: Header, kept: Kept, extras: Extras = NO_EXTRAS) -> CutPlan:
     """
     sizes = read_sizes(header)
     _check_kept(header.path, sizes, kept)
+    if kept.head_dim is not None and kept.head_dim != sizes.head_dim:
+        check_head_cut(header, sizes.arch, sizes.head_dim, kept.head_dim)
     tensors = tuple(_with_biases(header, sizes, _tensors(header, sizes, kept, extras.replace), extras.add))
     unused = sorted(extras.replace.keys() - {t.layout.name for t in tensors})
     if unused:
@@ -229,58 +264,70 @@ def _check_kept(path: Path, sizes: Sizes, kept: Kept) -> None:
 
 
 def _tensors(header: Header, sizes: Sizes, kept: Kept, replace: Mapping[str, Replacement]) -> Iterator[CutTensor]:
-    """What is left of every tensor of the source, in its order."""
+    """What is left of every tensor of the source, in its order; rotary divisors that it did without come first."""
+    head_dim = kept.head_dim or sizes.head_dim
+    factors = head_factors(header, sizes.arch, sizes.head_dim, head_dim) if head_dim != sizes.head_dim else {}
+    for name, (layout, chunks) in factors.items():
+        if name not in header.tensors:
+            yield CutTensor(layout=layout, chunks=chunks)
     for info in header.tensors.values():
-        layout: TensorLayout | None = info
-        if info.name.startswith("blk."):
-            layout = _cut_layout(header, info, sizes, kept, replace)
-        elif info.name in replace:
-            layout = TensorLayout(info.name, info.shape, replace[info.name].grid)
-        if layout is None:
+        if info.name in factors:
+            layout, chunks = factors[info.name]
+            yield CutTensor(layout=layout, chunks=chunks)
             continue
+        whole = CutTensor(layout=TensorLayout(info.name, info.shape, info.grid), source=info)
         if info.name in replace:
-            yield CutTensor(layout=layout, chunks=replace[info.name].chunks)
-        else:
-            yield CutTensor(layout=TensorLayout(layout.name, layout.shape, layout.grid), source=info)
+            whole = CutTensor(layout=TensorLayout(info.name, info.shape, replace[info.name].grid), chunks=replace[info.name].chunks)
+        tensor = _cut_tensor(header, whole, sizes, kept) if info.name.startswith("blk.") else whole
+        if tensor is not None:
+            yield tensor
 
 
-def _cut_layout(header: Header, info: TensorInfo, sizes: Sizes, kept: Kept, replace: Mapping[str, Replacement]) -> TensorLayout | None:
-    """New shape and grid of a tensor of a layer; None when its block goes."""
-    match = _NAME.fullmatch(info.name)
+def _cut_tensor(header: Header, whole: CutTensor, sizes: Sizes, kept: Kept) -> CutTensor | None:
+    """What is left of a tensor of a layer, given whole; None when its block goes."""
+    name, full_shape, grid = whole.layout.name, whole.layout.shape, whole.layout.grid
+    match = _NAME.fullmatch(name)
     layer = int(match[1]) if match else -1
     if match is None or match[2] not in _PARTS or layer >= len(sizes.n_ff):
-        raise SourceError(f"{header.path}: tensor {info.name} is not one that an elastic export writes. Export the model again.")
-    part, is_bias = _PARTS[match[2]], match[3] == "bias"
-    full = sizes.dims(layer, n_ff=sizes.n_ff[layer], n_kv=sizes.n_kv[layer])
-    left = sizes.dims(layer, n_ff=kept.n_ff[layer], n_kv=kept.n_kv[layer])
+        raise SourceError(f"{header.path}: tensor {name} is not one that an elastic export writes. Export the model again.")
+    part, is_bias, head_dim = _PARTS[match[2]], match[3] == "bias", kept.head_dim or sizes.head_dim
+    full = sizes.dims(layer, n_ff=sizes.n_ff[layer], n_kv=sizes.n_kv[layer], head_dim=sizes.head_dim)
+    left = sizes.dims(layer, n_ff=kept.n_ff[layer], n_kv=kept.n_kv[layer], head_dim=head_dim)
     if (kept.n_kv if part.block == "attention" else kept.n_ff)[layer] == 0:
         return None
-    shape = list(info.shape)
+    shape, heads = list(full_shape), None
     for axis, dim in ((0, part.rows), (1, None if is_bias else part.cols)):
         if dim is None:
             continue
         if axis >= len(shape) or shape[axis] != full[dim] or len(shape) != 2 - is_bias:
             raise SourceError(
-                f"{header.path}: tensor {info.name} has shape {list(info.shape)}, but the metadata says {full[dim]} "
+                f"{header.path}: tensor {name} has shape {list(full_shape)}, but the metadata says {full[dim]} "
                 f"{'rows' if axis == 0 else 'columns'}. The file contradicts itself; export the model again."
             )
         shape[axis] = left[dim]
-    grid = replace[info.name].grid if info.name in replace else info.grid
+        if dim != "ff" and head_dim != sizes.head_dim:
+            heads = HeadPrefix("columns" if axis or is_bias else "rows", sizes.head_dim, head_dim)
     if not grid.fits(shape[-1]):
-        raise PlanError(_unfit(info.name, shape[-1], info.shape[-1], grid, sizes, layer, part))
-    return TensorLayout(info.name, tuple(shape), grid)
+        raise PlanError(_unfit(name, shape[-1], full_shape[-1], grid, part, group=sizes.gqa[layer] * head_dim))
+    if whole.source is not None and heads is not None and heads.axis == "columns" and not (grid.fits(heads.full) and grid.fits(heads.kept)):
+        raise PlanError(
+            f"{name}: heads cut from {heads.full} to {heads.kept} columns do not divide into {grid.name} blocks of {grid.block_size}. "
+            "Keep another head size, or export this tensor with smaller blocks."
+        )
+    return dataclasses.replace(whole, layout=TensorLayout(name, tuple(shape), grid), heads=heads)
 
 
-def _unfit(name: str, n: int, full: int, grid: Grid, sizes: Sizes, layer: int, part: _Part) -> str:
+def _unfit(name: str, n: int, full: int, grid: Grid, part: _Part, *, group: int) -> str:
     below, above = n - n % grid.block_size, n + -n % grid.block_size
     message = f"{name}: {n} of {full} columns do not divide into {grid.name} blocks of {grid.block_size}. "
     if part.cols == "q":
-        group = sizes.gqa[layer] * sizes.head_dim
         return message + f"A kv head has {group} columns: keep another number of kv heads, or export this tensor with smaller blocks."
     return message + f"Keep {' or '.join(str(m) for m in (below, above) if 0 < m <= full)}."
 
 
-def _with_biases(header: Header, sizes: Sizes, tensors: Iterable[CutTensor], add: Mapping[str, Floats]) -> Iterator[CutTensor]:
+def _with_biases(
+    header: Header, sizes: Sizes, tensors: Iterable[CutTensor], add: Mapping[str, Floats | Callable[[], Floats]]
+) -> Iterator[CutTensor]:
     """The same tensors with the biases of `add`: each in the place of its older self, else right after its weight."""
     left = dict(add)
     for tensor in tensors:
@@ -300,13 +347,22 @@ def _with_biases(header: Header, sizes: Sizes, tensors: Iterable[CutTensor], add
         raise PlanError(f"{min(left)}: this cut of {header.path.name} has no tensor that such a bias belongs to.")
 
 
-def _bias(name: str, values: Floats, n: int) -> CutTensor:
+def _bias(name: str, values: Floats | Callable[[], Floats], n: int) -> CutTensor:
+    layout = TensorLayout(name, (n,), F32)
+    if callable(values):
+        later = values
+        return CutTensor(layout=layout, chunks=lambda: [_packed_bias(name, later(), n)])
+    packed = _packed_bias(name, values, n)
+    return CutTensor(layout=layout, chunks=lambda: [packed])
+
+
+def _packed_bias(name: str, values: Floats, n: int) -> Bytes:
     if values.shape != (n,):
         raise PlanError(f"{name}: {list(values.shape)} values are given, expected [{n}].")
     if not np.isfinite(values).all():
         raise PlanError(f"{name}: some values are not finite.")
-    packed: npt.NDArray[np.uint8] = np.ascontiguousarray(values, dtype=np.float32).view(np.uint8)
-    return CutTensor(layout=TensorLayout(name, (n,), F32), chunks=lambda: [packed])
+    packed: Bytes = np.ascontiguousarray(values, dtype=np.float32).view(np.uint8)
+    return packed
 
 
 def _fields(header: Header, sizes: Sizes, kept: Kept, tensors: tuple[CutTensor, ...], given: Mapping[str, Field | None]) -> Iterator[Field]:
@@ -317,6 +373,8 @@ def _fields(header: Header, sizes: Sizes, kept: Kept, tensors: tuple[CutTensor, 
         name = f"{sizes.arch}.{key}"
         is_array = header.fields[name].type is ValueType.ARRAY
         new[name] = Field.i32s(name, values) if is_array else Field.u32(name, values[0])
+    if kept.head_dim is not None and kept.head_dim != sizes.head_dim:
+        new.update(head_fields(header, sizes.arch, sizes.head_dim, kept.head_dim))
     label = header.value("general.size_label")
     if label == size_label(sum(prod(t.shape) for t in header.tensors.values())):
         new["general.size_label"] = Field.string("general.size_label", size_label(sum(prod(t.layout.shape) for t in tensors)))

@@ -7,14 +7,14 @@ here first, from the header alone. Sources: `load_hparams` in llama-model.cpp, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeq.errors import SourceError, UnsupportedError
 from edgeq.families import FAMILIES
-from edgeq.gguf_file import Header, read_parts
+from edgeq.gguf_file import Header, TensorLayout, read_parts
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
@@ -30,7 +30,7 @@ class GgufFacts:
     """Sizes of a model on disk.
 
     n_heads, n_kv_heads, windowed: one value per layer. window: tokens a windowed layer looks back, 0 when no layer is windowed.
-    tensor_bytes: bytes of all tensors, over all parts of a split file, without padding.
+    tensor_bytes: bytes of all tensors, over all parts of a split file, without padding. tensors: shape and grid of each, by name.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class GgufFacts:
     window: int
     windowed: tuple[bool, ...]
     tensor_bytes: int
+    tensors: Mapping[str, TensorLayout] = field(repr=False)
 
 
 def read_facts(path: Path) -> GgufFacts:
@@ -59,10 +60,10 @@ def read_facts(path: Path) -> GgufFacts:
     if not path.is_file():
         raise SourceError(f"{path} is not a regular file. Give a GGUF file.")
     headers = read_parts(path)
-    return _facts(headers[0], sum(tensor.nbytes for header in headers for tensor in header.tensors.values()))
+    return _facts(headers[0], {name: tensor for header in headers for name, tensor in header.tensors.items()})
 
 
-def _facts(header: Header, tensor_bytes: int) -> GgufFacts:
+def _facts(header: Header, tensors: Mapping[str, TensorLayout]) -> GgufFacts:
     path, arch = header.path, header.value("general.architecture")
     if arch is None:
         raise SourceError(f"{path}: has no general.architecture. It is not a model; fetch or convert it again.")
@@ -92,7 +93,8 @@ def _facts(header: Header, tensor_bytes: int) -> GgufFacts:
         value_length=reader.integer("attention.value_length", n_embd // n_heads[0]),
         window=reader.integer("attention.sliding_window", 0) if arch in WINDOWED else 0,
         windowed=_windowed(reader, n_layers) if arch in WINDOWED else (False,) * n_layers,
-        tensor_bytes=tensor_bytes,
+        tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tensors=tensors,
     )
     _check_heads(reader, facts)
     if arch in LAYERED and reader.per_layer("feed_forward_length", n_layers)[-1] == 0:

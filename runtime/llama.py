@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,12 +108,13 @@ def _errors(lines: deque[tuple[int, str]], count: int = 3) -> str:
 class LlamaModel:
     """A model in memory (its pages mapped from the file unless `use_mmap` is off) and its vocabulary."""
 
-    def __init__(self, pointer: int, facts: GgufFacts, module: ModuleType, *, gpu_layers: int, vocab_only: bool) -> None:
-        self.path, self.facts, self.gpu_layers, self.vocab_only = facts.path, facts, gpu_layers, vocab_only
+    def __init__(self, pointer: int, facts: GgufFacts, module: ModuleType, *, gpu_layers: int, vocab_only: bool, mapped: bool) -> None:
+        self.path, self.facts, self.gpu_layers, self.vocab_only, self.mapped = facts.path, facts, gpu_layers, vocab_only, mapped
         self._c = module
         self._open: int | None = pointer
         self._vocab = module.llama_model_get_vocab(pointer)
         self._contexts: weakref.WeakSet[LlamaContext] = weakref.WeakSet()
+        self._adapters: weakref.WeakSet[LlamaAdapter] = weakref.WeakSet()
         self._free = weakref.finalize(self, module.llama_model_free, pointer)
 
     @classmethod
@@ -143,12 +145,14 @@ class LlamaModel:
             pointer = c.llama_model_load_from_file(str(path).encode(), params)
         if not pointer:
             raise RuntimeFailure(f"{path}: llama.cpp cannot load it. It said: {_errors(lines)}")
-        return cls(pointer, facts, c, gpu_layers=gpu_layers, vocab_only=vocab_only)
+        return cls(pointer, facts, c, gpu_layers=gpu_layers, vocab_only=vocab_only, mapped=use_mmap)
 
     def close(self) -> None:
-        """Free the model and every context on it."""
+        """Free the model and every context and adapter on it."""
         for context in list(self._contexts):
             context.close()
+        for adapter in list(self._adapters):
+            adapter.close()
         self._open = None
         self._free()
 
@@ -163,6 +167,11 @@ class LlamaModel:
         if self._open is None:
             raise RuntimeFailure(f"{self.path}: the model is closed. Load it again.")
         return self._open
+
+    @property
+    def native(self) -> ctypes.CDLL:
+        """llama.cpp's library, for the little that llama-cpp-python does not wrap."""
+        return self._c.llama_cpp._lib
 
     @property
     def _vocabulary(self) -> int:
@@ -287,6 +296,41 @@ class LlamaModel:
         return np.ascontiguousarray(ids, dtype=np.int32)
 
 
+class LlamaAdapter:
+    """A LoRA adapter in a model's memory, on no context yet: see `LlamaContext.set_adapters`."""
+
+    def __init__(self, model: LlamaModel, path: Path, pointer: Any) -> None:
+        self.model, self.path = model, path
+        self._open: Any = pointer
+        self._free = weakref.finalize(self, _free_adapter, model._c, pointer, model)
+        model._adapters.add(self)
+
+    @classmethod
+    def load(cls, model: LlamaModel, path: Path) -> LlamaAdapter:
+        """Load a GGUF adapter. Check it with `edgeq.runtime.adapter_file` first: llama.cpp ends the process on some bad ones.
+
+        Raises RuntimeFailure with llama.cpp's own words for a file that it refuses.
+        """
+        with _captured() as lines:
+            pointer = model._c.llama_adapter_lora_init(model.pointer, str(path).encode())
+        if not pointer:
+            raise RuntimeFailure(f"{path}: llama.cpp cannot load this adapter. It said: {_errors(lines)}")
+        return cls(model, path, pointer)
+
+    def close(self) -> None:
+        """Free the adapter. Raises RuntimeFailure while a context uses it, which would read freed memory. Closing twice is fine."""
+        if any(self in context.adapters for context in self.model._contexts):
+            raise RuntimeFailure(f"{self.path}: the adapter is in use. Set another one first.")
+        self._open = None
+        self._free()
+
+    @property
+    def pointer(self) -> Any:
+        if self._open is None:
+            raise RuntimeFailure(f"{self.path}: the adapter was unloaded. Load it again.")
+        return self._open
+
+
 @dataclass(frozen=True)
 class State:
     """What a context remembers: the number of tokens in its cache, and llama.cpp's bytes. For use within one process."""
@@ -332,6 +376,7 @@ class LlamaContext:
         self._memory = self._c.llama_get_memory(pointer)
         self._batch = _Batch(self._c, self.n_batch)
         self._n_past = 0
+        self.adapters: Mapping[LlamaAdapter, float] = {}
         self._free = weakref.finalize(self, _free_context, self._c, pointer, model)
         model._contexts.add(self)
 
@@ -359,7 +404,7 @@ class LlamaContext:
         return pointer
 
     def close(self) -> None:
-        self._open = None
+        self._open, self.adapters = None, {}
         self._free()
 
     def __enter__(self) -> LlamaContext:
@@ -382,6 +427,24 @@ class LlamaContext:
     def n_past(self) -> int:
         """Tokens in the cache."""
         return self._n_past
+
+    def set_adapters(self, scales: Mapping[LlamaAdapter, float]) -> None:
+        """Let these adapters, times their scales, act on what is decoded from now on; none for an empty mapping.
+
+        The cache stays as it is: keys and values in it were computed under the adapters of their time. Another set of adapters than
+        before costs the next decode a new reservation of its graph.
+        """
+        for adapter, scale in scales.items():
+            if adapter.model is not self.model:
+                raise UsageError(f"{adapter.path}: the adapter was loaded for another model")
+            if not math.isfinite(scale):
+                raise UsageError(f"{adapter.path}: the adapter's scale is {scale}; expected a finite number")
+        c, n = self._c, len(scales)
+        pointers = (c.llama_adapter_lora_p_ctypes * n)(*(adapter.pointer for adapter in scales))
+        status = c.llama_set_adapters_lora(self.pointer, pointers, n, (ctypes.c_float * n)(*scales.values()))
+        if status:
+            raise RuntimeFailure(f"{self.model.path}: llama.cpp cannot set {n} adapters (status {status})")
+        self.adapters = dict(scales)
 
     def clear(self) -> None:
         """Empty the cache."""
@@ -476,16 +539,19 @@ class LlamaContext:
 
         return step
 
-    def iter_logits(self, tokens: TokenIds) -> Iterator[tuple[int, Floats]]:
+    def iter_logits(self, tokens: TokenIds, *, keep: bool = False) -> Iterator[tuple[int, Floats]]:
         """Logits of a text on its own, in pieces: (position of the first row, float32 (rows, n_vocab)), a view as in `decode`.
 
-        The cache is emptied first and holds the text afterwards.
+        The cache is emptied first and holds the text afterwards. keep: the text goes on from what the cache holds instead; positions
+        are still those within `tokens`.
         """
         self._check_open()
         ids = self.model.check_tokens(tokens)
-        if ids.size > self.n_ctx:
-            raise UsageError(f"{ids.size} tokens exceed the context of {self.n_ctx}. Use a larger n_ctx or fewer tokens.")
-        self.clear()
+        before = self._n_past if keep else 0
+        if before + ids.size > self.n_ctx:
+            raise UsageError(f"{before + ids.size} tokens exceed the context of {self.n_ctx}. Use a larger n_ctx or fewer tokens.")
+        if not keep:
+            self.clear()
         step = min(self.n_ubatch, self.max_outputs, max(1, _LOGITS_CHUNK // self.model.n_vocab))
         for start in range(0, ids.size, step):
             yield start, self.decode(ids[start : start + step], outputs="all")
@@ -564,6 +630,11 @@ NO_GPU_BUILD = (
 def _free_context(c: ModuleType, pointer: int, _model: LlamaModel) -> None:
     """Holding the model here keeps it until its context is gone, in whatever order both are dropped."""
     c.llama_free(pointer)
+
+
+def _free_adapter(c: ModuleType, pointer: Any, _model: LlamaModel) -> None:
+    """Holding the model here keeps it until its adapters are gone: with it llama.cpp frees what is left of them."""
+    c.llama_adapter_lora_free(pointer)
 
 
 def _kv_id(model: LlamaModel, n_ctx: int, kv_type: str, flash_attention: bool | None) -> int:

@@ -1,7 +1,8 @@
 """Memory: what a process holds, and what a model's keys and values will take.
 
 Process figures are for this process alone. On Linux they come from /proc/self/status: `rss_anon` is memory of its own (KV cache,
-buffers, repacked weights), `rss_file` are pages of mapped files, mostly weights, which other processes share and the system may drop.
+buffers, repacked weights), `rss_file` are pages of mapped files, mostly weights, which other processes share and the system may drop,
+`rss_shmem` pages of files in memory: weights of a model that was cut there.
 Elsewhere psutil gives the total only and the parts are None.
 """
 
@@ -25,15 +26,19 @@ _SMAPS = Path("/proc/self/smaps_rollup")
 class Memory:
     """Bytes. None is unknown.
 
-    model_bytes: tensors of the model. kv_bytes: its KV cache. rss: resident now; rss_anon, rss_file: its parts. pss: resident with
-    shared pages divided among those who share them. peak_rss: the most that was ever resident (VmHWM).
+    model_bytes: tensors of the model. kv_bytes: its KV cache. cuts_bytes: cuts of elastic packages that this process keeps in memory,
+    the one its model is mapped from among them. rss: resident now; rss_anon, rss_file, rss_shmem: its parts, of which the last holds what
+    is mapped of cuts. pss: resident with shared pages divided among those who share them. peak_rss: the most that was ever resident
+    (VmHWM).
     """
 
     model_bytes: int
     kv_bytes: int
+    cuts_bytes: int
     rss: int
     rss_anon: int | None
     rss_file: int | None
+    rss_shmem: int | None
     pss: int | None
     peak_rss: int | None
 
@@ -41,16 +46,18 @@ class Memory:
         return asdict(self)
 
 
-def process_memory(*, model_bytes: int, kv_bytes: int) -> Memory:
+def process_memory(*, model_bytes: int, kv_bytes: int, cuts_bytes: int = 0) -> Memory:
     """This process now, beside what is known of its model."""
     status = _fields(_STATUS)
     rss = status.get("VmRSS")
     return Memory(
         model_bytes=model_bytes,
         kv_bytes=kv_bytes,
+        cuts_bytes=cuts_bytes,
         rss=_psutil_rss() if rss is None else rss,
         rss_anon=status.get("RssAnon"),
         rss_file=status.get("RssFile"),
+        rss_shmem=status.get("RssShmem"),
         pss=_fields(_SMAPS).get("Pss"),
         peak_rss=peak_rss_bytes(),
     )

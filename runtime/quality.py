@@ -66,17 +66,25 @@ class Agreement:
 
 
 def perplexity(
-    artifact: Path, text: str, *, ctx: int = 1024, chunks: int | None = None, threads: int | None = None, progress: Progress = silent
+    artifact: Path,
+    text: str,
+    *,
+    adapter: Path | None = None,
+    ctx: int = 1024,
+    chunks: int | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of a GGUF file on a text.
+    """Perplexity of a GGUF file on a text, with a GGUF adapter beside it or without.
 
     The text's token ids, by the artifact's own tokenizer and without added specials, are split into windows of ctx; a last, shorter
     window is dropped. Each of the first `chunks` windows (all if None) is scored alone, positions 1..ctx-1.
-    Raises UsageError when the text is shorter than one window, RuntimeFailure when llama.cpp fails or scores come out non-finite.
+    Raises UsageError when the text is shorter than one window, RuntimeFailure when llama.cpp fails or scores come out non-finite,
+    AdapterError for an adapter that is broken or for another model.
     """
     if ctx < 2 or (chunks is not None and chunks < 1):
         raise UsageError(f"ctx is {ctx} and chunks is {chunks}; expected at least 2 and 1")
-    with ScoringWorker(artifact, n_ctx=ctx, threads=threads) as worker:
+    with ScoringWorker(artifact, adapter=adapter, n_ctx=ctx, threads=threads) as worker:
         ids = worker.tokenize(text)
         if len(ids) < ctx:
             raise UsageError(f"the text has {len(ids):,} tokens, but one window needs {ctx:,}. Use a longer text or a smaller --ctx.")

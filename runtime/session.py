@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -23,11 +24,21 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.errors import RuntimeFailure, TokenizerError, UsageError
+from edgeq.adapter_records import find_adapter, package_adapters
+from edgeq.errors import PackageError, RuntimeFailure, TokenizerError, UsageError
 from edgeq.package import Package, resolve_artifact
+from edgeq.patch_file import read_patch
+from edgeq.runtime.adapter_pool import DEFAULT_BUDGET, AdapterCut, AdapterPool
+from edgeq.runtime.adapters import ActiveAdapters, AdapterChoice, AdapterInfo, Cell, Request, Segment, grouped, scales_of
+from edgeq.runtime.cut_adapter import cut_adapter_to_memory
+from edgeq.runtime.cut_cache import cached_cut, process_cuts
 from edgeq.runtime.device import parse_device
+from edgeq.runtime.elastic_package import ElasticPackage, Size, open_elastic
+from edgeq.runtime.fitting import fitting_size
+from edgeq.runtime.gguf_facts import GgufFacts, read_facts
 from edgeq.runtime.llama import ALL_LAYERS, LlamaContext, LlamaModel
 from edgeq.runtime.memory import Memory, kv_bytes, process_memory
+from edgeq.runtime.patch import Patches
 from edgeq.runtime.sampling import Sampler, Sampling
 
 MAX_DEFAULT_N_CTX = 4096
@@ -101,29 +112,87 @@ class Stream(Iterator[str]):
 
 
 def load(
-    path: Path | str, *, n_ctx: int | None = None, threads: int | None = None, kv_type: str | None = None, device: str = "cpu"
+    path: Path | str,
+    *,
+    rate: float | Literal["auto"] | None = None,
+    adapter: AdapterChoice = None,
+    adapter_budget: int = DEFAULT_BUDGET,
+    patchable: bool = False,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    kv_type: str | None = None,
+    device: str = "cpu",
 ) -> Session:
     """Load a package folder or a GGUF file for generation.
 
-    n_ctx: tokens of context; by default what the package was planned for, else the model's own up to 4096. kv_type: of the cache; by
-    default what the package was planned for, else f16. threads: by default every core this process may use. device: "cpu", "cuda" or
-    "cuda:N".
-    Raises PackageError, SourceError, UnsupportedError, RuntimeFailure or MissingDependency.
+    rate: cut an elastic package by this much, in memory; "auto" takes the smallest rate that fits the memory free now; None takes the
+    file as it is. adapter: the package's adapter of this name, or the GGUF adapter of this path, or several of them with their scales;
+    see `Session.set_adapter`. adapter_budget: bytes that adapters may take in memory. patchable: read the weights into memory instead of
+    mapping them, so that patches can be applied. n_ctx: tokens of context; by default what the package was planned for, else the model's
+    own up to 4096. kv_type: of the cache; by default what the package was planned for, else f16. threads: by default every core this
+    process may use. device: "cpu", "cuda" or "cuda:N".
+    Raises PackageError, SourceError, UnsupportedError, RuntimeFailure or MissingDependency; PlanError for a rate outside 0 to 0.35, or
+    when not even the smallest cut fits; as `set_adapter` for the adapter.
     """
     artifact, package = resolve_artifact(Path(path))
     gpu = parse_device(device)
-    model = LlamaModel.load(artifact, gpu_layers=0 if gpu is None else ALL_LAYERS, main_gpu=gpu or 0)
+    facts = read_facts(artifact)
+    n_ctx, kv_type = n_ctx or default_n_ctx(facts, package), kv_type or default_kv_type(package)
+    source, size = _Source(path=Path(path), artifact=artifact, package=package, gpu=gpu, patchable=patchable), None
+    if rate == "auto":
+        if gpu is not None:
+            raise UsageError('rate="auto" looks at the memory of this computer, not at that of a GPU. Give a rate as a number.')
+        size = fitting_size(source.elastic, facts, n_ctx=n_ctx, kv_type=kv_type)
+    elif rate is not None and (rate or source.is_elastic):
+        size = source.elastic.at_rate(rate)
+    elif source.is_elastic:
+        size = source.elastic.at_steps(0)
+    model = source.load(size)
     try:
-        return Session(model, n_ctx=n_ctx or default_n_ctx(model, package), threads=threads, kv_type=kv_type or default_kv_type(package))
+        session = Session(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, source=source, size=size, adapter_budget=adapter_budget)
+        session._open_adapters(adapter)
+        return session
     except BaseException:
         model.close()
         raise
 
 
-def default_n_ctx(model: LlamaModel, package: Package | None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where a session's models come from, and where they go. path: as the user gave it. gpu: None for the CPU. patchable: not mapped."""
+
+    path: Path
+    artifact: Path
+    package: Package | None
+    gpu: int | None
+    patchable: bool
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.package is not None and bool(self.package.manifest["export"].get("elastic"))
+
+    @cached_property
+    def elastic(self) -> ElasticPackage:
+        return open_elastic(self.path)
+
+    def load(self, size: Size | None) -> LlamaModel:
+        """The artifact, or a cut of it. What is loaded from a cut in memory needs it no longer."""
+        cut = cached_cut(self.elastic, size) if size is not None and size.n_steps else None
+        path = self.artifact if cut is None else cut.path
+        gpu_layers = 0 if self.gpu is None else ALL_LAYERS
+        return LlamaModel.load(path, gpu_layers=gpu_layers, main_gpu=self.gpu or 0, use_mmap=not self.patchable)
+
+    def adapter_cut(self, size: Size | None) -> AdapterCut | None:
+        """What brings adapters of the artifact to a size of it; None where nothing is cut."""
+        if size is None or not size.n_steps:
+            return None
+        return lambda path: cut_adapter_to_memory(path, self.artifact, size.kept, hidden=self.elastic.elastic.hidden)
+
+
+def default_n_ctx(facts: GgufFacts, package: Package | None) -> int:
     """The context a package was planned for, else the model's own up to MAX_DEFAULT_N_CTX tokens."""
     planned = package.manifest["export"].get("n_ctx") if package is not None else None
-    return planned or min(model.n_ctx_train, MAX_DEFAULT_N_CTX)
+    return planned or min(facts.n_ctx_train, MAX_DEFAULT_N_CTX)
 
 
 def default_kv_type(package: Package | None) -> str:
@@ -132,13 +201,27 @@ def default_kv_type(package: Package | None) -> str:
 
 
 class Session:
-    """A model with a context. Made by `load`; owns the model and closes it."""
+    """A model with a context. Made by `load`; owns the model and closes it. source, size: for models that can be cut."""
 
-    def __init__(self, model: LlamaModel, *, n_ctx: int, threads: int | None = None, kv_type: str = "f16") -> None:
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        n_ctx: int,
+        threads: int | None = None,
+        kv_type: str = "f16",
+        source: _Source | None = None,
+        size: Size | None = None,
+        adapter_budget: int = DEFAULT_BUDGET,
+    ) -> None:
         self.model = model
+        self._source, self._size = source, size
         self.context = LlamaContext(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, max_outputs=_SCORE_ROWS)
         self.last: Completion | None = None
-        self._cached: list[int] = []
+        cut = None if source is None else source.adapter_cut(size)
+        self._active = ActiveAdapters(AdapterPool(model, budget_bytes=adapter_budget, cut=cut), self.context)
+        self._patches: Patches | None = None
+        self._cached: list[Cell] = []
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._stream: Callable[[], Stream | None] = lambda: None  # the last stream, while someone still holds it
@@ -147,6 +230,143 @@ class Session:
     @property
     def n_ctx(self) -> int:
         return self.context.n_ctx
+
+    @property
+    def rate(self) -> float | None:
+        """The rate that this model is cut by, as asked for; None for a file that does not say."""
+        return self._stated("rate") if self._size is None else self._size.rate
+
+    @property
+    def removed_fraction(self) -> float | None:
+        """Fraction of block parameters that are gone; None for a file that does not say."""
+        return self._stated("removed_fraction") if self._size is None else self._size.removed_fraction
+
+    def _stated(self, key: str) -> float | None:
+        package = None if self._source is None else self._source.package
+        return None if package is None else package.manifest["export"].get(key)
+
+    def set_rate(self, rate: float) -> None:
+        """Cut the package by another rate, in memory, and go on with that model: same context, threads and cache type, an empty cache.
+
+        While it is loaded both models take memory. A rate that comes to the size of now changes nothing but `rate`. Adapters stay, cut as
+        the model is; a model with patches is refused. When anything fails, the session stays as it was. Raises PlanError for a rate
+        outside 0 to 0.35, PackageError for a model that is not elastic, and as `load` and `set_adapter`.
+        """
+        self._check_open()
+        if self._source is None:
+            raise PackageError(f"{self.model.path}: this session knows of no package. Open it with edgeq.load.")
+        size = self._source.elastic.at_rate(rate)
+        with self._turn():
+            self._check_open()
+            if self._size is None or size.n_steps != self._size.n_steps:
+                if self.patches:
+                    raise UsageError(f"patch {self.patches[0]!r} is for the size of now. Undo it before changing the rate.")
+                model = self._source.load(size)
+                try:
+                    before = self.context
+                    context = LlamaContext(
+                        model, n_ctx=before.n_ctx, threads=before.threads, kv_type=before.kv_type, max_outputs=_SCORE_ROWS
+                    )
+                    active = self._active.moved(model, context, self._source.adapter_cut(size))
+                except BaseException:
+                    model.close()
+                    raise
+                old, self.model, self.context, self._active = self.model, model, context, active
+                self._cached, self._patches = [], None
+                old.close()
+            self._size = size
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """The adapters that `set_adapter` knows: those of the package and those loaded beside them."""
+        own = package_adapters(self._package) if self._package is not None else {}
+        known = {name: file.path for name, file in self._active.pool.files.items()}
+        scales, resident = self._active.scales, self._active.pool.resident
+        paths = {name: self._package.folder / record.path for name, record in own.items() if self._package is not None} | known
+        return tuple(AdapterInfo(name=name, path=path, scale=scales.get(name), resident=name in resident) for name, path in paths.items())
+
+    @property
+    def adapter_pool(self) -> AdapterPool:
+        """The adapters' memory, with its counts of hits, misses and evictions."""
+        return self._active.pool
+
+    @property
+    def _package(self) -> Package | None:
+        return None if self._source is None else self._source.package
+
+    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+        """Make a GGUF adapter known under a name (by default the file's) and return that. It takes memory from its first use on.
+
+        An adapter of the uncut model is cut as the session's model is. Raises AdapterError naming the first thing in which the file is
+        broken or does not fit the model, UsageError for a name that is taken.
+        """
+        self._check_open()
+        with self._turn():
+            if name is not None and self._package is not None and name in package_adapters(self._package):
+                raise UsageError(f"{self._package.folder} has an adapter named {name!r} itself. Choose another name.")
+            return self._active.pool.add(Path(path), name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory. Raises UsageError when it is not known, or is set."""
+        self._check_open()
+        with self._turn():
+            self._active.pool.remove(name)
+
+    def set_adapter(self, adapter: AdapterChoice) -> None:
+        """Answer with this adapter from here on: a name, several with scales ({"sql": 1.0, "tone": 0.5}), or None for the model alone.
+
+        What is cached of earlier prompts is used again only where it was computed under the same adapters. When anything fails, the
+        adapters before stay. Raises UsageError that lists what there is for an unknown name; AdapterError when the adapters do not fit
+        the model or, together, the budget.
+        """
+        self._check_open()
+        with self._turn():
+            self._know(adapter)
+            self._active.set(adapter)
+
+    def _know(self, adapter: AdapterChoice) -> None:
+        """Let the pool read those adapters of the package that are asked for the first time."""
+        if self._package is not None:
+            records = package_adapters(self._package)
+            for name in scales_of(adapter):
+                if name in records and name not in self._active.pool.files:
+                    self._active.pool.add(find_adapter(self._package, name)[1], name)
+
+    def _open_adapters(self, adapter: AdapterChoice) -> None:
+        """Set adapters that may be given by their files' paths too."""
+        scales = {}
+        for wanted, scale in scales_of(adapter).items():
+            name, path = find_adapter(self._package, wanted)
+            scales[self._active.pool.add(path, name)] = scale
+        self._active.set(scales)
+
+    @property
+    def patches(self) -> tuple[str, ...]:
+        """Names of the patches that are applied."""
+        return () if self._patches is None else self._patches.applied
+
+    def apply_patch(self, path: Path | str, name: str | None = None, *, scale: float = 1.0) -> str:
+        """Change the model's weights by a sparse patch, and return its name; see `edgeq.runtime.patch`. Empties the cache.
+
+        Needs a session opened with patchable=True. Raises UsageError and AdapterError; then nothing is changed.
+        """
+        self._check_open()
+        patch = read_patch(Path(path))
+        with self._turn():
+            if self._patches is None:
+                self._patches = Patches(self.model)
+            name = self._patches.apply(patch, name=name, scale=scale)
+            self._cached = []
+        return name
+
+    def undo_patch(self, name: str) -> None:
+        """Take a patch back, bit by bit. Empties the cache. Raises UsageError for one that is not applied."""
+        self._check_open()
+        with self._turn():
+            if self._patches is None:
+                self._patches = Patches(self.model)
+            self._patches.undo(name)
+            self._cached = []
 
     def close(self) -> None:
         """Free model and context, ending this thread's unfinished stream. Closing twice is fine."""
@@ -218,6 +438,21 @@ class Session:
         assert stream.completion is not None
         return stream.completion
 
+    def generate_many(self, requests: Sequence[Request], **options: Any) -> list[Completion]:
+        """Answer requests that want different adapters, in an order that switches as seldom as possible; results come in theirs.
+
+        Options as for `generate`, the same for all. The adapters set before are set again at the end.
+        """
+        before, results = self._active.scales, {}
+        now = tuple(before.items())
+        try:
+            for i in grouped(requests, now=now, resident=self._active.pool.resident):
+                self.set_adapter(requests[i].adapter)
+                results[i] = self.generate(requests[i].prompt, **options)
+        finally:
+            self.set_adapter(before)
+        return [results[i] for i in range(len(requests))]
+
     def chat(self, messages: str | Messages, **options: Any) -> Completion:
         """Answer a conversation (or one user message) through the model's chat template. Options as for `generate`."""
         return self.generate(self.chat_prompt(messages), **options)
@@ -249,19 +484,25 @@ class Session:
         scores = np.empty(len(tokens) - 1)
         with self._turn():
             self._cached = []
-            for start, logits in self.context.iter_logits(tokens):
-                targets = tokens[start + 1 : start + 1 + len(logits)]
-                rows = logits[: len(targets)].astype(np.float64)
-                top = rows.max(axis=1)
-                total = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
-                scores[start : start + len(targets)] = rows[np.arange(len(targets)), targets] - total
-            self._cached = tokens.tolist()
+            self.context.clear()
+            cells = self._cells(segments := self._active.segments(tokens.tolist()), tokens.tolist())
+            for segment in segments:
+                self._active.apply(segment.key)
+                for at, logits in self.context.iter_logits(tokens[segment.start : segment.stop], keep=True):
+                    start = segment.start + at
+                    targets = tokens[start + 1 : start + 1 + len(logits)]
+                    rows = logits[: len(targets)].astype(np.float64)
+                    top = rows.max(axis=1)
+                    total = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+                    scores[start : start + len(targets)] = rows[np.arange(len(targets)), targets] - total
+            self._cached = cells
         return scores
 
     def memory(self) -> Memory:
         """What this process and this session hold, in bytes."""
         self._check_open()
-        return process_memory(model_bytes=self.model.size_bytes, kv_bytes=kv_bytes(self.model.facts, self.n_ctx, self.context.kv_type))
+        kv = kv_bytes(self.model.facts, self.n_ctx, self.context.kv_type)
+        return process_memory(model_bytes=self.model.size_bytes, kv_bytes=kv, cuts_bytes=process_cuts().nbytes)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -319,7 +560,7 @@ class Session:
                         break
                     if len(tokens) == budget:
                         break
-                    self._cached.append(token)
+                    self._cached.append((token, self._cached[-1][1]))
                     self.context.decode([token])
             finally:
                 del self._cached[self.context.n_past :]
@@ -341,20 +582,28 @@ class Session:
 
     def _prefill(self, ids: list[int]) -> int:
         """Bring the cache to hold exactly `ids`, with logits for the last; returns how many of them were in it before."""
-        keep = min(_common_prefix(self._cached, ids), len(ids) - 1)
+        segments = self._active.segments(ids)
+        cells = self._cells(segments, ids)
+        keep = min(_common_prefix(self._cached, cells), len(ids) - 1)
         keep = self.context.truncate(keep) if self._cached else 0
         if not keep:
             self.context.clear()
-        self._cached = ids[:keep]
+        self._cached = cells[:keep]
         try:
-            logits = self.context.decode(ids[keep:])
+            for segment in segments:
+                if segment.stop > keep:
+                    self._active.apply(segment.key)
+                    logits = self.context.decode(ids[max(segment.start, keep) : segment.stop])
         except BaseException:
-            self._cached = ids[: self.context.n_past]
+            self._cached = cells[: self.context.n_past]
             raise
-        self._cached = list(ids)
+        self._cached = cells
         if not np.isfinite(logits).all():
             raise RuntimeFailure(f"{self.model.path}: the model's outputs are not finite. Its weights are damaged; run edgeq verify.")
         return keep
+
+    def _cells(self, segments: Sequence[Segment], ids: Sequence[int]) -> list[Cell]:
+        return [(token, segment.key) for segment in segments for token in ids[segment.start : segment.stop]]
 
     def _turn(self) -> _Turn:
         return _Turn(self)
@@ -415,5 +664,5 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_prefix(a: Sequence[Cell], b: Sequence[Cell]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

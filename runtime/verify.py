@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeq.chat import render
-from edgeq.errors import RuntimeFailure, SourceError, TokenizerError, UnsupportedError, UsageError
+from edgeq.errors import AdapterError, RuntimeFailure, SourceError, TokenizerError, UnsupportedError, UsageError
 from edgeq.gate import Fidelity, GateResult, ReferenceScores, Thresholds
 from edgeq.gate_prompts import Conversation, gate_prompts
 from edgeq.model import Tokenizer, Vocabulary
@@ -81,6 +81,37 @@ def run_gate(
         except RuntimeFailure as err:
             findings.append(Finding(failures=[str(err)]))
     return verdict("logits", thresholds, findings)
+
+
+def check_kept(
+    artifact: Path,
+    adapter: Path,
+    reference: ReferenceScores,
+    *,
+    thresholds: Thresholds,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Finding:
+    """An artifact with an adapter beside it, against the reference that has the adapter in its weights. Raises as `run_gate`.
+
+    `fidelity` of the values is what was measured, if it could be.
+    """
+    try:
+        with ScoringWorker(artifact, adapter=adapter, n_ctx=reference.n_ctx, threads=threads) as worker:
+            found = _compared(worker, reference, thresholds, progress)
+    except (AdapterError, RuntimeFailure, SourceError, UnsupportedError) as err:
+        return Finding(failures=[str(err)])
+    return _fidelity(found, thresholds)
+
+
+def _compared(worker: ScoringWorker, reference: ReferenceScores, thresholds: Thresholds, progress: Progress) -> Agreement:
+    comparison = Comparison(tie_margin=thresholds.tie_margin)
+    total, done = sum(len(window) for window in reference.windows), 0
+    for i, ids in enumerate(reference.windows):
+        comparison.add(ids, reference.logits(i), worker.logits(ids))
+        done += len(ids)
+        progress(STEP, done, total)
+    return comparison.agreement()
 
 
 def verdict(basis: Literal["logits", "fingerprint"], thresholds: Thresholds, findings: Iterable[Finding]) -> GateResult:
@@ -230,9 +261,13 @@ def _check_logits(
 
 
 def _check_fidelity(found: Agreement, thresholds: Thresholds) -> Finding:
+    finding = _fidelity(found, thresholds)
+    return Finding(finding.values, [f"with the artifact's own weights: {fault}" for fault in finding.failures])
+
+
+def _fidelity(found: Agreement, thresholds: Thresholds) -> Finding:
     figures = {"kl_mean": found.kl_mean, "kl_p99": found.kl_p99, "top1_agreement": found.top1_agreement}
-    fidelity = Fidelity(thresholds=thresholds, tokens=found.tokens, **figures)
-    return Finding({"fidelity": fidelity}, [f"with the artifact's own weights: {fault}" for fault in thresholds.faults(**figures)])
+    return Finding({"fidelity": Fidelity(thresholds=thresholds, tokens=found.tokens, **figures)}, thresholds.faults(**figures))
 
 
 def check_agreement(found: Agreement, thresholds: Thresholds) -> Finding:

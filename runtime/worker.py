@@ -21,7 +21,10 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from edgeq.errors import UsageError
+from edgeq.runtime.adapter_file import check_base, read_adapter
 from edgeq.runtime.child import Child, ignore
+from edgeq.runtime.gguf_facts import read_facts
 
 CHILD = "edgeq.runtime._scoring_child"
 PATIENCE_S = 600.0
@@ -52,25 +55,40 @@ class ArtifactFacts:
 class ScoringWorker:
     """One artifact in llama.cpp, in a process of its own, on the CPU.
 
-    n_ctx: tokens of the longest window. n_ubatch: tokens computed together. threads: default is every core this process may use.
-    patience_s: how long the child may be silent before it counts as hung; it reports after every n_ubatch tokens.
+    adapter: a GGUF adapter to have beside it. n_ctx: tokens of the longest window. n_ubatch: tokens computed together. threads: default is
+    every core this process may use. patience_s: how long the child may be silent before it counts as hung; it reports after every n_ubatch
+    tokens.
 
     Raises RuntimeFailure when the child dies or hangs, with llama.cpp's last words, after which the worker is closed; and what
-    loading raises (SourceError, UnsupportedError, MissingDependency). Not for use by two threads at once.
+    loading raises (SourceError, UnsupportedError, MissingDependency; AdapterError for an adapter that is broken or for another model,
+    UsageError for an aLoRA). Not for use by two threads at once.
     """
 
     def __init__(
-        self, artifact: Path, *, n_ctx: int, threads: int | None = None, n_ubatch: int = 512, patience_s: float = PATIENCE_S
+        self,
+        artifact: Path,
+        *,
+        n_ctx: int,
+        adapter: Path | None = None,
+        threads: int | None = None,
+        n_ubatch: int = 512,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.artifact = Path(artifact)
+        if adapter is not None:
+            file = read_adapter(adapter)
+            check_base(file, read_facts(self.artifact))
+            if file.invocation:
+                raise UsageError(f"{adapter}: an aLoRA acts from its invocation tokens on. It cannot be measured on plain text.")
         self._logits_file = _anonymous_file()
         try:
-            file = self._logits_file.fileno()
-            self._child = Child(CHILD, str(self.artifact), arguments=[str(file)], inherit=[file], patience_s=patience_s)
+            handle = self._logits_file.fileno()
+            self._child = Child(CHILD, str(self.artifact), arguments=[str(handle)], inherit=[handle], patience_s=patience_s)
         except BaseException:
             self._logits_file.close()
             raise
-        request = {"op": "load", "artifact": str(self.artifact), "n_ctx": n_ctx, "threads": threads, "n_ubatch": n_ubatch}
+        files = {"artifact": str(self.artifact), "adapter": None if adapter is None else str(adapter)}
+        request = {"op": "load", **files, "n_ctx": n_ctx, "threads": threads, "n_ubatch": n_ubatch}
         try:
             self.facts = ArtifactFacts(**self._child.ask(request, doing="loading it"))
         except BaseException:

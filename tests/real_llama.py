@@ -2,8 +2,8 @@
 
     python real_llama.py     reads a JSON list of requests on stdin, answers with a JSON list of the library's logs on stdout
 
-Requests: {"do": "logits", "path", "n_ctx", "ids", "out"} writes float32 (n_ids, n_vocab) to `out`; {"do": "quantize", "source",
-"target", "file_type", "imatrix": {tensor name: [floats]} | null, "dry_run"}.
+Requests: {"do": "logits", "path", "n_ctx", "ids", "out", "adapter": path of a LoRA | null} writes float32 (n_ids, n_vocab) to `out`;
+{"do": "quantize", "source", "target", "file_type", "imatrix": {tensor name: [floats]} | null, "dry_run"}.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 
-def all_logits(paths: Sequence[Path], ids: Sequence[int], *, n_ctx: int) -> list[npt.NDArray[np.float32]]:
-    """Logits of every position, (n_ids, n_vocab), for each file; float32 KV cache, one thread."""
-    outs = [path.with_suffix(".npy") for path in paths]
-    files = zip(paths, outs, strict=True)
-    _ask(*({"do": "logits", "path": str(path), "n_ctx": n_ctx, "ids": list(ids), "out": str(out)} for path, out in files))
+def all_logits(
+    paths: Sequence[Path], ids: Sequence[int], *, n_ctx: int, adapters: Sequence[Path | None] | None = None
+) -> list[npt.NDArray[np.float32]]:
+    """Logits of every position, (n_ids, n_vocab), for each file, with the adapter beside it; float32 KV cache, one thread."""
+    beside = [None if path is None else str(path) for path in adapters or [None] * len(paths)]
+    outs = [path.with_suffix(f".{i}.npy") for i, path in enumerate(paths)]
+    files = zip(paths, outs, beside, strict=True)
+    common = {"do": "logits", "n_ctx": n_ctx, "ids": list(ids)}
+    _ask(*({**common, "path": str(path), "out": str(out), "adapter": adapter} for path, out, adapter in files))
     return [np.load(out) for out in outs]
 
 
@@ -105,6 +109,10 @@ def _logits(C: Any, request: Mapping[str, Any]) -> bool:
     context = C.llama_init_from_model(model, context_params)
     if not context:
         return False
+    if request["adapter"] is not None:
+        adapter = C.llama_adapter_lora_init(model, request["adapter"].encode())
+        if not adapter or C.llama_set_adapters_lora(context, (C.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1.0)):
+            return False
     batch = C.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft_folders import lora_folder
 from tiny import hf_folder
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,9 @@ def examples(prefix):
 
 
 def test_every_command_in_the_readme_runs_on_a_tiny_model(tmp_path):
-    hf_folder(tmp_path / "my-model", "llama")
+    model = hf_folder(tmp_path / "my-model", "llama")
+    for seed, name in enumerate(("sql", "poems")):
+        lora_folder(tmp_path / name, model, seed=seed)
     (tmp_path / "book.txt").write_text("The harbour lights of the island were built between 1847 and 1902. " * 200)
     ran = 0
     for line in examples("edgeq "):
@@ -36,13 +39,13 @@ def test_every_command_in_the_readme_runs_on_a_tiny_model(tmp_path):
         done = subprocess.run([sys.executable, "-m", "edgeq.cli", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
         ran += 1
-    assert ran == 6
+    assert ran == 14
 
 
 def test_the_demo_commands_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     demo = [line for line in examples("edgeq ") if "demo" in line]
-    assert len(demo) == 3
+    assert len(demo) == 4
     for line in demo:
         assert line in makefile
 

@@ -1,5 +1,9 @@
-"""The main job end to end on tiny models: every family, every promise about what is left behind when something goes wrong."""
+"""The main job end to end on tiny models: every family, every promise about what is left behind when something goes wrong.
 
+Packages of one size, where being elastic is not the point; elastic ones are in test_elastic_export.
+"""
+
+import functools
 import json
 import random
 import signal
@@ -18,6 +22,7 @@ from edgeq.errors import OutputError, PlanError, SourceError, UnsupportedError, 
 from edgeq.package import check_files, read_package
 
 PROFILE = "laptop-cpu"
+export = functools.partial(edgeq.export, elastic=False)
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +33,13 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def package(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("packages") / "q8"
-    edgeq.export(llama, profile=PROFILE, output=out, quant="Q8_0")
+    export(llama, profile=PROFILE, output=out, quant="Q8_0")
     return out
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_every_family_exports_in_f16_and_passes_its_gate(name, tmp_path):
-    result = edgeq.export(hf_folder(tmp_path / "model", name), profile=PROFILE, output=tmp_path / "out", quant="F16")
+    result = export(hf_folder(tmp_path / "model", name), profile=PROFILE, output=tmp_path / "out", quant="F16")
     assert result.gate.failures == ()
     assert result.gate.top1_agreement == 1.0
     assert result.gate.tokenizer_equal and result.gate.chat_template_equal
@@ -46,7 +51,7 @@ def test_every_family_exports_in_f16_and_passes_its_gate(name, tmp_path):
 
 
 def test_the_file_is_as_large_as_planned_and_readable_by_others(llama, package):
-    plan = edgeq.export(llama, profile=PROFILE, quant="Q8_0", dry_run=True).plan
+    plan = export(llama, profile=PROFILE, quant="Q8_0", dry_run=True).plan
     artifact = read_package(package).artifact_path()
     assert plan.file_bytes == artifact.stat().st_size
     stored = {t.name: t.tensor_type.name for t in GGUFReader(artifact).tensors}
@@ -54,7 +59,7 @@ def test_the_file_is_as_large_as_planned_and_readable_by_others(llama, package):
 
 
 def test_the_same_inputs_give_the_same_bytes(llama, package, tmp_path):
-    edgeq.export(llama, profile=PROFILE, output=tmp_path / "again", quant="Q8_0")
+    export(llama, profile=PROFILE, output=tmp_path / "again", quant="Q8_0")
     for path in sorted(package.iterdir()):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -69,12 +74,12 @@ def test_nothing_in_the_manifest_is_absolute(package):
 
 def test_gguf_to_gguf_without_regridding_copies_bytes(package, tmp_path):
     source = read_package(package).artifact_path()
-    edgeq.export(source, profile=PROFILE, output=tmp_path / "copy", quant="Q8_0")
+    export(source, profile=PROFILE, output=tmp_path / "copy", quant="Q8_0")
     assert read_package(tmp_path / "copy").artifact_path().read_bytes() == source.read_bytes()
 
 
 def test_importance_is_used_only_where_something_is_encoded_in_blocks(llama, package, tmp_path):
-    edgeq.export(llama, profile=PROFILE, output=tmp_path / "f32", quant="F32", verify=False)
+    export(llama, profile=PROFILE, output=tmp_path / "f32", quant="F32", verify=False)
     assert read_package(tmp_path / "f32").manifest["export"]["calibration"] is None
     assert read_package(tmp_path / "f32").status == "unverified"
     assert read_package(package).manifest["export"]["calibration"]["tokens"] > 1000
@@ -85,7 +90,7 @@ def test_the_calibration_text_changes_the_result(llama, tmp_path):
     texts = {"a": prose * 200, "b": code * 200}
     for name, text in texts.items():
         (tmp_path / f"{name}.txt").write_text(text)
-        edgeq.export(llama, profile=PROFILE, output=tmp_path / name, quant="Q4_0", calibration=tmp_path / f"{name}.txt", verify=False)
+        export(llama, profile=PROFILE, output=tmp_path / name, quant="Q4_0", calibration=tmp_path / f"{name}.txt", verify=False)
     a, b = (read_package(tmp_path / name).artifact_path().read_bytes() for name in texts)
     assert len(a) == len(b)
     assert a != b
@@ -97,7 +102,7 @@ def test_a_failed_gate_marks_the_package(llama, tmp_path, monkeypatch):
 
     strict = gate.Thresholds(grid="Q2_K", kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0)
     monkeypatch.setattr(gate, "thresholds_for", lambda grids, copied=(): strict)
-    result = edgeq.export(llama, profile=PROFILE, output=tmp_path / "out", quant="Q4_0")
+    result = export(llama, profile=PROFILE, output=tmp_path / "out", quant="Q4_0")
     assert not result.gate.passed
     package = read_package(tmp_path / "out")
     assert package.status == "failed"
@@ -113,7 +118,7 @@ def test_a_tensor_lost_in_rounding_fails_the_gate_even_where_logits_hide_it(tmp_
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1e-9
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    result = edgeq.export(model, profile=PROFILE, output=tmp_path / "out", quant="Q8_0")
+    result = export(model, profile=PROFILE, output=tmp_path / "out", quant="Q8_0")
     assert result.gate.kl_mean < result.gate.thresholds.kl_mean
     assert result.gate.failures == ("blk.1.ffn_down.weight: rounding to Q8_0 lost 100% of it (squared error relative to its values)",)
     assert read_package(tmp_path / "out").status == "failed"
@@ -151,7 +156,7 @@ def test_verify_finds_a_changed_artifact(package, tmp_path):
 
 def refused(tmp_path, error, match, model, **settings):
     with pytest.raises(error, match=match):
-        edgeq.export(model, output=tmp_path / "out", **{"profile": PROFILE, **settings})
+        export(model, output=tmp_path / "out", **{"profile": PROFILE, **settings})
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
@@ -199,10 +204,10 @@ def test_what_cannot_fit_is_refused_before_any_work(llama, tmp_path):
 def test_an_existing_output_is_kept(llama, package, tmp_path):
     before = sorted((path.name, path.read_bytes()) for path in package.iterdir())
     with pytest.raises(OutputError, match="exists and is kept"):
-        edgeq.export(llama, profile=PROFILE, output=package, quant="F16")
+        export(llama, profile=PROFILE, output=package, quant="F16")
     assert sorted((path.name, path.read_bytes()) for path in package.iterdir()) == before
     with pytest.raises(OutputError, match="would replace the input"):
-        edgeq.export(llama, profile=PROFILE, output=llama, quant="F16", force=True)
+        export(llama, profile=PROFILE, output=llama, quant="F16", force=True)
     assert (llama / "config.json").exists()
 
 
@@ -210,7 +215,7 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path):
     code = (
         "import resource, edgeq\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"edgeq.export({str(llama)!r}, profile={PROFILE!r}, output={str(tmp_path / 'out')!r}, quant='F32', verify=False)\n"
+        f"edgeq.export({str(llama)!r}, elastic=False, profile={PROFILE!r}, output={str(tmp_path / 'out')!r}, quant='F32', verify=False)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -222,7 +227,7 @@ def test_a_full_disk_leaves_nothing(llama, tmp_path):
 def test_an_interrupted_export_leaves_no_half_file(sent, llama, tmp_path):
     """Killed at random points, output is absent or whole; leftovers of SIGKILL are removed by the next run."""
     generator = random.Random(int(sent))
-    options = ["--profile", PROFILE, "--quant", "Q4_0", "-o", str(tmp_path / "out"), "--force"]
+    options = ["--profile", PROFILE, "--quant", "Q4_0", "--fixed", "-o", str(tmp_path / "out"), "--force"]
     command = [sys.executable, "-m", "edgeq.cli", "export", str(llama), *options]
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -236,7 +241,7 @@ def test_an_interrupted_export_leaves_no_half_file(sent, llama, tmp_path):
             check_files(read_package(tmp_path / "out"))
         if sent != signal.SIGKILL:
             assert not list(tmp_path.glob(".out.*"))
-    edgeq.export(llama, profile=PROFILE, output=tmp_path / "out", quant="Q4_0", force=True, verify=False)
+    export(llama, profile=PROFILE, output=tmp_path / "out", quant="Q4_0", force=True, verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -247,7 +252,7 @@ def test_a_1b_model_exports_within_4_gib(tmp_path):
     model = hf_folder(tmp_path / "model", "llama3", dtype="bfloat16", shards=3, head_dim=64, vocab_size=128256, **sizes)
     code = (
         "import json, edgeq\n"
-        f"result = edgeq.export({str(model)!r}, profile={PROFILE!r}, output={str(tmp_path / 'out')!r}, quant='Q4_K_M')\n"
+        f"result = edgeq.export({str(model)!r}, elastic=False, profile={PROFILE!r}, output={str(tmp_path / 'out')!r}, quant='Q4_K_M')\n"
         "print(json.dumps(result.to_json()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -38,10 +38,12 @@ def write_tiny_gguf(
     head_dim: int = HEAD_DIM,
     seed: int = 0,
     gain: float = 3.0,
+    tied: bool = False,
     fields: Mapping[str, Any] | None = None,
     extra: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Path:
-    """Write a model and return its path. n_heads and n_kv_heads may differ per layer (arch "deci"); gain spreads the logits."""
+    """Write a model and return its path. n_heads and n_kv_heads may differ per layer (arch "deci"); gain spreads the logits; a tied model
+    has no output matrix."""
     heads, kv_heads = ([n] * n_layers if isinstance(n, int) else list(n) for n in (n_heads, n_kv_heads))
     tokens, merges = _vocabulary()
     values: dict[str, Any] = {
@@ -82,7 +84,8 @@ def write_tiny_gguf(
 
     matrix("token_embd.weight", N_VOCAB, N_EMBD)
     norm("output_norm.weight", N_EMBD)
-    matrix("output.weight", N_VOCAB, N_EMBD, gain)
+    if not tied:
+        matrix("output.weight", N_VOCAB, N_EMBD, gain)
     for i in range(n_layers):
         norm(f"blk.{i}.attn_norm.weight", N_EMBD)
         matrix(f"blk.{i}.attn_q.weight", heads[i] * head_dim, N_EMBD)

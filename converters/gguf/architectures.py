@@ -43,6 +43,11 @@ class Arch:
             kinds.append("longrope")
         return tuple(kinds)
 
+    @property
+    def scales_rope(self) -> bool:
+        """Whether all of every query and key meets a cosine, so that the magnitude of those can make up for another attention scale."""
+        return self.rules.rope_freqs and not self.rules.partial_rotary and self.rules.no_rope_period is None
+
     def attention_scale(self, spec: ModelSpec) -> float:
         """What the graph multiplies q.k with."""
         attention = spec.attention[0]
@@ -114,7 +119,8 @@ def _check_attention(spec: ModelSpec, row: Family, arch: Arch) -> None:
             f"{a.n_heads} heads of {a.head_dim} make {a.n_heads * a.head_dim}, the model is {spec.n_embd} wide: "
             f"{arch.title} wants both equal. Keep every head whole."
         )
-    if not row.qk_norm and not math.isclose(spec.attn_scale, arch.attention_scale(spec), rel_tol=1e-6):
+    takes_scale = row.qk_norm or arch.scales_rope
+    if not takes_scale and not math.isclose(spec.attn_scale, arch.attention_scale(spec), rel_tol=1e-6):
         raise UnsupportedError(
             f"attention scale {spec.attn_scale:.6g}: {arch.title} uses {arch.attention_scale(spec):.6g} and has no key "
             "for another. It cannot be exported as GGUF."

@@ -1,41 +1,33 @@
-"""Encoding float rows into ggml block types with ggml's own code, in parallel.
+"""Encoding float rows into ggml block types with ggml's own code (`edgeq.ggml`), in parallel.
 
-The block types are encoded by `ggml_quantize_chunk` of the installed llama library, called through ctypes, which releases the GIL; so a
-pool of threads keeps every core busy. Rows are independent of each other in every grid, therefore neither the number of threads nor
-the chunking changes a byte. Float grids are rounded to nearest even by numpy and need no library.
+That code releases the GIL, so a pool of threads keeps every core busy. Rows are independent of each other in every grid, therefore neither
+the number of threads nor the chunking changes a byte.
 
 Importance is one weight per column: the mean square of the inputs that column meets (`imatrix` in llama.cpp). ggml's encoders choose
 block scales that minimise the weighted squared error; Q8_0 and MXFP4 ignore it.
-
-Signatures: ggml/include/ggml.h and ggml/src/ggml-quants.h of llama.cpp.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from edgeq.errors import MissingDependency, PlanError, ShapeError, SourceError, UnsupportedError
-from edgeq.grids import BF16, F16, F32, Grid
+from edgeq import ggml
+from edgeq.errors import PlanError, ShapeError, SourceError
+from edgeq.grids import Grid
+from edgeq.group_grids import GroupGrid, recode, recodes
 from edgeq.tensors import Bytes, Floats, LazyTensor, check_finite
 
 FLOAT_BYTES_IN_FLIGHT = 64 << 20  # float32 values being encoded at one time, over all threads
 COPY_BYTES = 16 << 20
 # A column that calibration never saw still counts this much of the mean: zeros would make whole blocks arbitrary.
 _LEAST_IMPORTANCE = 1e-6
-# Grids that ggml encodes without being given an importance matrix.
-ENCODABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
 @dataclass(frozen=True)
@@ -91,20 +83,17 @@ def encode_rows(values: Floats, grid: Grid, importance: Floats | None = None, *,
 
 def _encode(values: Floats, grid: Grid, weights: Floats | None, origin: str) -> Bytes:
     """encode_rows with importance that is usable already."""
-    n_rows, n_cols = values.shape
-    row_bytes = grid.row_bytes(n_cols)
+    grid.row_bytes(values.shape[1])  # a width that does not fit is the first thing to say
     check_finite(values, origin=origin)
-    if grid.is_float:
-        return _encode_float(values, grid, origin)
-    if grid.name not in ENCODABLE:
-        raise _not_writable(grid, origin)
-    packed = np.empty((n_rows, row_bytes), dtype=np.uint8)
-    library = _ggml()
-    library.ggml_quantize_chunk(grid.id, _pointer(values), _pointer(packed), 0, n_rows, n_cols, _pointer(weights))
-    if not library.ggml_validate_row_data(grid.id, _pointer(packed), packed.nbytes):
-        largest = float(np.abs(values).max())
-        raise PlanError(f"{origin}: values up to {largest:.6g} overflow the block scales of {grid.name}. Use BF16 or F32 for this tensor.")
-    return packed
+    return ggml.encode(values, grid, weights, origin=origin)
+
+
+def _recode(packed: Bytes, values: Floats, source: GroupGrid, grid: Grid, origin: str) -> Bytes:
+    """Rows of a quantized checkpoint with the codes they have: nothing is lost but what F16 cannot hold of scales and minima."""
+    check_finite(values, origin=origin)
+    blocks = recode(packed, source, grid)
+    ggml.check_blocks(blocks, values, grid, origin)
+    return blocks
 
 
 def encode_tensor(
@@ -112,8 +101,8 @@ def encode_tensor(
 ) -> Iterator[Chunk]:
     """Encode a tensor in chunks of rows, in order; at most FLOAT_BYTES_IN_FLIGHT of float32 values (or one row per thread) at a time.
 
-    threads: None means one per core that this process may use. measure: also decode what was encoded and report the error. Raises as
-    `encode_rows`, naming the tensor.
+    threads: None means one per core that this process may use. measure: also decode what was encoded and report the error. Codes of a
+    quantized checkpoint that the grid can hold are kept, whatever the importance. Raises as `encode_rows`, naming the tensor.
     """
     n_threads = threads or usable_cores()
     n_cols = tensor.n_cols
@@ -123,8 +112,12 @@ def encode_tensor(
     rows = min(rows, max(-(-tensor.n_rows // n_threads), -(-65536 // n_cols)))
 
     def encode(start: int) -> Chunk:
-        values = tensor.decode(start, min(start + rows, tensor.n_rows)).reshape(-1, n_cols)
-        packed = _encode(values, grid, weights, tensor.origin)
+        stored = tensor.packed(start, min(start + rows, tensor.n_rows))
+        values = tensor.grid.decode(stored, n_cols)
+        if isinstance(tensor.grid, GroupGrid) and recodes(tensor.grid, grid):
+            packed = _recode(stored, values, tensor.grid, grid, tensor.origin)
+        else:
+            packed = _encode(values, grid, weights, tensor.origin)
         return Chunk(packed, _regrid_error(values, packed, grid, weights) if measure else None)
 
     starts = range(0, tensor.n_rows, rows)
@@ -152,7 +145,7 @@ def copy_tensor(tensor: LazyTensor) -> Iterator[Bytes]:
         packed = np.ascontiguousarray(tensor.packed(start, min(start + rows, tensor.n_rows)))
         if tensor.grid.is_float:
             check_finite(tensor.grid.decode(packed, tensor.n_cols), origin=tensor.origin)
-        elif not _ggml().ggml_validate_row_data(tensor.grid.id, _pointer(packed), packed.nbytes):
+        elif not ggml.is_sound(packed, tensor.grid):
             raise SourceError(f"{tensor.origin}: a block scale in {tensor.grid.name} is NaN or infinite. Fetch the model again.")
         yield packed
 
@@ -182,70 +175,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _encode_float(values: Floats, grid: Grid, origin: str) -> Bytes:
-    if grid is F32:
-        return values.view(np.uint8)
-    if grid is F16:
-        with np.errstate(over="ignore"):
-            halves = values.astype(np.float16)
-        packed, overflow, remedy = halves.view(np.uint8), np.isinf(halves), "Use BF16 for this model."
-    elif grid is BF16:
-        bits = values.view(np.uint32)
-        codes = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        packed, overflow, remedy = codes.view(np.uint8), (codes & 0x7F80) == 0x7F80, "Use F32 for this model."
-    else:
-        raise _not_writable(grid, origin)
-    if overflow.any():
-        raise PlanError(f"{origin}: {np.abs(values).max():.6g} is beyond the largest {grid.name} number. {remedy}")
-    return packed
-
-
-def _not_writable(grid: Grid, origin: str) -> UnsupportedError:
-    return UnsupportedError(f"{origin}: {grid.name} cannot be written; choose one of F32, F16, BF16, {', '.join(ENCODABLE)}")
-
-
 def _regrid_error(values: Floats, packed: Bytes, grid: Grid, weights: Floats | None) -> RegridError:
-    lost = values - _decode(packed, grid, values.shape[1])
+    lost = values - ggml.decode(packed, grid, values.shape[1])
     squared = np.einsum("ij,ij->j", lost, lost, dtype=np.float64)
     norm = np.einsum("ij,ij->j", values, values, dtype=np.float64)
     w = np.ones(len(norm)) if weights is None else weights.astype(np.float64)
     return RegridError(float(squared.sum()), float(norm.sum()), float(squared @ w), float(norm @ w))
-
-
-def _decode(packed: Bytes, grid: Grid, n_cols: int) -> Floats:
-    """As Grid.decode, by ggml where it can: several times faster, and on all cores."""
-    if grid.is_float:
-        return grid.decode(packed, n_cols)
-    values = np.empty((len(packed), n_cols), dtype=np.float32)
-    dequantize = getattr(_ggml(), "dequantize_row_" + grid.name.lower().replace("_k", "_K"))
-    dequantize(_pointer(packed), _pointer(values), ctypes.c_int64(values.size))
-    return values
-
-
-def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if array is None else array.ctypes.data)
-
-
-@lru_cache(maxsize=1)
-def _ggml() -> ctypes.CDLL:
-    """ggml's base library out of the installed llama-cpp-python, without importing that package."""
-    try:
-        spec = importlib.util.find_spec("llama_cpp")
-    except ValueError:
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingDependency("llama_cpp", "export")
-    folder = Path(spec.submodule_search_locations[0]) / "lib"
-    names = {"win32": ("ggml-base.dll", "libggml-base.dll"), "darwin": ("libggml-base.dylib", "libggml-base.so")}
-    for name in names.get(sys.platform, ("libggml-base.so",)):
-        if (folder / name).is_file():
-            library = ctypes.CDLL(str(folder / name))
-            break
-    else:
-        raise MissingDependency("llama_cpp", "export")
-    void, i64 = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, void, void, i64, i64, i64, void]
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_validate_row_data.argtypes = [ctypes.c_int, void, ctypes.c_size_t]
-    library.ggml_validate_row_data.restype = ctypes.c_bool
-    return library

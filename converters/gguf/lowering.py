@@ -3,8 +3,9 @@
 Lowering changes layout only, never a value, with two exceptions named below: names, row order of q and k (`Family.gguf_rope`), joined
 projections, float32 vectors, and rotary factors as tensors. Rows of every grid are packed on their own, so all of it is a byte shuffle
 and a quantized source keeps its codes. The exceptions, both exact to rounding: where the graph's attention scale differs from the
-model's, the ratio goes into q_norm (gemma3 with 62 layers); where the graph rotates a whole head and the model a part of it with a
-magnitude other than 1, the rows of q that stay put are divided by what the graph multiplies them with (Phi-4-mini as deci).
+model's, the ratio goes into q_norm (gemma3 with 62 layers) or, without one, into the rotary magnitude (`graph_rope`); where the graph
+rotates a whole head and the model a part of it with a magnitude other than 1, the rows of q that stay put are divided by what the graph
+multiplies them with (Phi-4-mini as deci).
 
 A GGUF source keeps its metadata bytes, and its tensors their order.
 """
@@ -38,7 +39,7 @@ from edgeq.spec import Attention, ModelSpec
 from edgeq.tensors import Bytes, LazyTensor, as_float32, concat_rows, from_values, map_values, take_rows
 
 # Fused projections: role, its GGUF name and the canonical roles whose rows it joins. GGUF has no name of its own for gate_up.
-_FUSED = {"wqkv": ("wq", "wk", "wv"), "gate_up": ("gate", "up")}
+FUSED = {"wqkv": ("wq", "wk", "wv"), "gate_up": ("gate", "up")}
 _FUSED_NAMES = {"wqkv": GGUF_NAMES["wqkv"], "gate_up": GGUF_NAMES["up"]}
 
 
@@ -175,14 +176,14 @@ def _model_tensors(model: Model, arch: Arch) -> Iterator[tuple[CarrierTensor, tu
     for layer, blocks in spec.layers():
         attention = next((b for b in blocks if isinstance(b, Attention)), None)
         for role in _lowered_roles(row):
-            parts = _FUSED.get(role, (role,))
+            parts = FUSED.get(role, (role,))
             for kind in ("weight", "bias"):
                 sources = tuple(f"layers.{layer}.{part}.{kind}" for part in parts)
                 if sources[0] not in model.tensors:
                     continue
                 name = f"{(_FUSED_NAMES.get(role) or GGUF_NAMES[role]).format(i=layer)}.{kind}"
                 tensors = [
-                    _vector(_laid_out(model.tensors[s], part, attention, spec, arch), keep=keep)
+                    _vector(laid_out(model.tensors[s], part, attention, spec, arch), keep=keep)
                     for s, part in zip(sources, parts, strict=True)
                 ]
                 is_linear = kind == "weight" and parts[0] in LINEAR_ROLES
@@ -204,16 +205,17 @@ def _model_tensors(model: Model, arch: Arch) -> Iterator[tuple[CarrierTensor, tu
 def _lowered_roles(row: Family) -> list[str]:
     """Roles of a layer in canonical order, joined ones in place of their parts."""
     fused = [role for role, is_fused in (("wqkv", row.fused_qkv), ("gate_up", row.fused_gate_up)) if is_fused]
-    joined = {part: role for role in fused for part in _FUSED[role]}
+    joined = {part: role for role in fused for part in FUSED[role]}
     return list(dict.fromkeys(joined.get(role, role) for role in row.roles))
 
 
-def _laid_out(tensor: LazyTensor, role: str, attention: Attention | None, spec: ModelSpec, arch: Arch) -> LazyTensor:
+def laid_out(tensor: LazyTensor, role: str, attention: Attention | None, spec: ModelSpec, arch: Arch) -> LazyTensor:
+    """A weight, a bias or the b of an adapter, (n_out, any), as the architecture wants its rows. attention: of its layer, if it has one."""
     if attention is None:
         return tensor
     if role in ("wq", "wk") and arch.layout.gguf_rope == "norm":
         n_heads = attention.n_heads if role == "wq" else attention.n_kv_heads
-        if role == "wq" and graph_rope(spec, arch) is not spec.rope:
+        if role == "wq" and spec.rope.dim < attention.head_dim and not arch.rules.partial_rotary:
             tensor = _unmagnified(tensor, attention, spec)
         return take_rows(tensor, interleaved(n_heads, attention.head_dim, spec.rope.dim))
     if role == "q_norm" and (ratio := spec.attn_scale / arch.attention_scale(spec)) and abs(ratio - 1) > 1e-6:

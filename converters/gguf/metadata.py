@@ -198,7 +198,7 @@ def fitted_vocabulary(vocabulary: Vocabulary, n_vocab: int) -> Vocabulary:
 def carried_fields(source: Mapping[str, Field], ours: Sequence[Field], arch: str) -> list[Field]:
     """Fields of a GGUF source, byte for byte in its order. Where the model has changed since (`<arch>.*` values that the source states
     differ from ours), ours take their place and those it left to defaults are added. When the architecture has changed, the source's
-    keys take its prefix, but for those about rotation, which we state whole.
+    keys take its prefix, but for those about rotation, which we state whole. A rotary scaling that we do not state is dropped.
 
     Keys that tell parts of a split file apart are dropped: what we write is whole.
     """
@@ -206,11 +206,23 @@ def carried_fields(source: Mapping[str, Field], ours: Sequence[Field], arch: str
         source = {key: f for key, f in source.items() if not key.startswith(f"{old}.rope.")}
         source = {f.key: f for key, f in source.items() for f in [f.renamed(re.sub(rf"^{re.escape(old)}\.", f"{arch}.", key))]}
     mine = {f.key: f for f in ours if f.key.startswith(f"{arch}.") or f.key == "general.architecture"}
+    if f"{arch}.rope.scaling.type" not in mine and _scales(source, arch):  # now part of the divisors in `rope_freqs.weight`
+        source = {key: f for key, f in source.items() if key not in _scaling_keys(arch)}
     changed = {key for key, f in mine.items() if key in source and not _same_value(source[key].value, f.value)}
     fields = [mine[key] if key in changed else field for key, field in source.items() if not key.startswith("split.")]
     if changed:
         fields += [f for key, f in mine.items() if key not in source]
     return fields
+
+
+def _scaling_keys(arch: str) -> tuple[str, ...]:
+    return (f"{arch}.rope.scaling.type", f"{arch}.rope.scaling.factor", f"{arch}.rope.scale_linear")
+
+
+def _scales(source: Mapping[str, Field], arch: str) -> bool:
+    """Whether a source's metadata scale angles; without a type, llama.cpp takes the factor for a linear one."""
+    kind, factor, old_factor = (source[key].value if key in source else None for key in _scaling_keys(arch))
+    return kind in ("yarn", "longrope") or (kind != "none" and (factor or old_factor or 1.0) != 1.0)
 
 
 def with_quantization(fields: Sequence[Field], file_type: int) -> list[Field]:

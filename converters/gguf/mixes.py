@@ -134,7 +134,9 @@ def _wanted(row: Quant, lowered: Lowered, has_importance: bool) -> dict[str, Gri
         elif t.role in _VALUE_ROLES:
             chosen = _value_grid(row, values[t.name], len(values), gqa, _is_70b(lowered))
         elif t.role == "down":
-            chosen = _down_grid(row, downs[t.name], lowered.spec.n_layers, has_importance)
+            # importance is for encoding: what is in the base grid already has nothing to gain from a finer one
+            to_encode = has_importance and t.tensor.grid != row.base
+            chosen = _down_grid(row, downs[t.name], lowered.spec.n_layers, to_encode)
         elif t.role == "wo":
             chosen = grid({"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(row.name, row.base.name))
         else:
@@ -207,3 +209,11 @@ def _fitting(want: Grid, n_cols: int) -> Grid:
         return want
     instead = grid(_FALLBACKS.get(want.name, want.name))
     return instead if instead.fits(n_cols) else F16
+
+
+def finer_grid(wanted: Grid, n_cols: int) -> Grid | None:
+    """The grid of smaller blocks, and no fewer bits, for rows that are to be cut by `n_cols` columns; None if there is none or no need."""
+    if wanted.fits(n_cols) or wanted.name not in _FALLBACKS:
+        return None
+    finer = grid(_FALLBACKS[wanted.name])
+    return finer if finer.fits(n_cols) else None

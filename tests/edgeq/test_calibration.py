@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import TINY_FAMILIES, hf_folder, hf_model
 
 from edgeq import reference
-from edgeq.calibration import importance, split, windows_of
+from edgeq.calibration import importance, sorting_windows, split, windows_of
 from edgeq.converters.sources.resolve import open_model
 from edgeq.errors import SourceError, UsageError
 from edgeq.families import LINEAR_ROLES, family
@@ -156,3 +156,24 @@ def test_split_keeps_the_end_apart(n: int, length: int, count: int, held_back: i
     if n // length >= 5 * held_back:
         assert len(apart) == held_back
         assert len(used) == min(count, n // length - held_back)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_ctx", "length", "n_windows", "n_held_back"),
+    [(100_000, 8192, 256, 24, 4), (100_000, 128, 128, 24, 4), (1500, 8192, 256, 4, 1), (999, 8192, 249, 3, 1), (128, 8192, 32, 3, 1)],
+)
+def test_sorting_windows(n_tokens: int, n_ctx: int, length: int, n_windows: int, n_held_back: int) -> None:
+    used, apart = sorting_windows(range(n_tokens), n_ctx)
+    assert (len(used), len(apart)) == (n_windows, n_held_back)
+    assert {len(window) for window in used + apart} == {length}
+    tokens = [token for window in used + apart for token in window]
+    assert len(set(tokens)) == len(tokens), "no token is in two windows"
+    if n_held_back > 1:
+        assert used[0][0] == 0 and used[-1][-1] == n_tokens - 1
+        starts = [window[0] for window in used]
+        assert all(starts[0] < window[0] < starts[-1] for window in apart)
+
+
+def test_a_text_too_short_to_sort_on() -> None:
+    with pytest.raises(UsageError, match=r"the calibration text has 127 tokens; sorting needs 128.*--sort none"):
+        sorting_windows(range(127), 8192)

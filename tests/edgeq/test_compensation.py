@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeq.compensation import Floats, HiddenModel, compensate
+from edgeq.compensation import Floats, HiddenModel, compensate, regression
 from edgeq.errors import ShapeError
 
 N_FF, N_EMBD = 24, 7
@@ -71,3 +71,21 @@ def test_sizes_that_do_not_fit(width: int, kept: int) -> None:
 def test_parts_of_a_model_that_do_not_fit() -> None:
     with pytest.raises(ShapeError, match=r"mean \[3\], factors \[4, 2\] and noise \[3\] do not describe the same channels"):
         HiddenModel(mean=np.zeros(3, np.float32), factors=np.zeros((4, 2), np.float32), noise=np.zeros(3, np.float32))
+
+
+@pytest.mark.parametrize("kept", [1, 10, 23])
+def test_without_a_bias_it_is_least_squares_through_the_origin(kept: int) -> None:
+    model, weight = random_model(rank=4), down()
+    moments = model.factors @ model.factors.T + np.diag(model.noise) + np.outer(model.mean, model.mean)
+    slope = moments[kept:, :kept].astype(np.float64) @ np.linalg.inv(moments[:kept, :kept].astype(np.float64))
+    found = regression(model, kept, intercept=False)
+    np.testing.assert_allclose(found.columns(weight), weight[:, :kept] + weight[:, kept:] @ slope, atol=5e-5)
+    assert not found.intercept.any()
+    assert not found.bias(weight[:, kept:]).any()
+    assert np.abs(found.columns(weight) - compensate(weight, model, kept)[0]).max() > 0.05  # the mean matters here
+
+
+@pytest.mark.parametrize("kept", [-1, N_FF + 1])
+def test_a_regression_stays_within_its_model(kept: int) -> None:
+    with pytest.raises(ShapeError, match=rf"a cut to {kept} channels: the hidden model describes {N_FF}"):
+        regression(random_model(rank=2), kept)

@@ -11,7 +11,7 @@ from edgeq import planning
 from edgeq.device_memory import estimate_memory
 from edgeq.errors import PlanError, UnsupportedError
 from edgeq.footprint import CUDA_BYTES, MIB, kv_bytes, process_bytes
-from edgeq.planning import check_ram, export_bytes, make_plan
+from edgeq.planning import check_ram, export_bytes, make_plan, side_bytes, sorting_bytes
 from edgeq.profiles import DeviceProfile, load_profile, profile_names
 
 
@@ -336,3 +336,17 @@ def test_export_memory_is_a_layer_not_the_model():
     assert export_bytes(spec, 8192) > 4 * 3 * 4096 * 14336 + 2 * 4 * 4096 * 8192
     assert export_bytes(shape_spec("llama-1b"), 8192) < 4 << 30
     assert export_bytes(spec, 16384) > export_bytes(spec, 8192)
+
+
+def test_sorting_takes_states_of_all_layers_and_one_layer_not_the_model():
+    spec = shape_spec("llama-1b")
+    states, layer = 4 * spec.n_embd * spec.n_layers, 4 * 3 * spec.n_embd * spec.mlps[0].n_ff
+    assert sorting_bytes(spec, 16384) - sorting_bytes(spec, 8192) >= 8192 * states
+    assert layer < sorting_bytes(spec, 8704) < 4 << 30
+    assert sorting_bytes(shape_spec("smollm2-135m"), 8704) / MIB == pytest.approx(1373, rel=0.02)  # measured, gate included
+
+
+def test_side_files_grow_with_the_channels_of_an_elastic_package():
+    spec = shape_spec("smollm2-135m")
+    assert side_bytes(spec, elastic=False) == 2 << 20
+    assert side_bytes(spec, elastic=True) - (2 << 20) >= 30 * 1536 * (2 * 64 + 8)

@@ -14,11 +14,11 @@ from tiny import TINY_FAMILIES, hf_folder
 from edgeq import ports
 from edgeq.converters.sources.resolve import open_model
 from edgeq.elastic import Kept
-from edgeq.errors import ShapeError
+from edgeq.errors import ShapeError, UnsupportedError
 from edgeq.model import Model
 from edgeq.reference import Reference
 from edgeq.spec import Attention, Mlp, ModelSpec
-from edgeq.tensors import LazyTensor, map_values
+from edgeq.tensors import LazyTensor, from_values, map_values
 
 VARIANTS = {name: (name, {}) for name in TINY_FAMILIES} | {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -85,6 +85,99 @@ def test_a_block_of_size_zero_is_gone(folders: Path) -> None:
     cut = ports.with_sizes(spec, Kept(n_ff=(160, 32), n_kv=(1, 0)))
     assert [(type(b), b.layer, ports.size(b)) for b in cut.blocks] == [(Attention, 0, 1), (Mlp, 0, 160), (Mlp, 1, 32)]
     assert cut.attention[0].n_heads == 2
+
+
+def test_a_layer_that_is_gone_leaves_no_tensors_and_passes_its_input_on(folders: Path) -> None:
+    model = opened(folders, "gemma3")
+    spec, tensors = ports.cut(model.spec, model.tensors, Kept(n_ff=(160, 0, 96), n_kv=(2, 0, 1)))
+    assert [b.layer for b in spec.blocks] == [0, 0, 2, 2]
+    assert not [name for name in tensors if name.startswith("layers.1.")]
+    silent = dict(model.tensors)
+    for role in ("wo", "down"):
+        silent[f"layers.1.{role}.weight"] = map_values(silent[f"layers.1.{role}.weight"], np.zeros_like)
+    _, silent = ports.cut(model.spec, silent, Kept(n_ff=(160, 160, 96), n_kv=(2, 2, 1)))
+    kept = ports.with_sizes(model.spec, Kept(n_ff=(160, 160, 96), n_kv=(2, 2, 1)))
+    torch.testing.assert_close(logits(spec, tensors), logits(kept, silent), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith(("qwen3", "gemma3"))])
+def test_a_cut_of_heads_equals_masking(folders: Path, name: str) -> None:
+    """Queries without the pairs that go, outputs without the values that go, and the scale of whole heads."""
+    model, d = opened(folders, name), 16
+    order = np.random.default_rng(7).permutation(12)
+    whole, sorted_tensors = ports.order_pairs(model.spec, model.tensors, order)
+    masked = dict(sorted_tensors)
+    for block in model.spec.attention:
+        pairs = np.arange(block.n_heads * 24) % 12 < d // 2
+        for kind in ("weight", "bias"):
+            if (key := f"layers.{block.layer}.wq.{kind}") in masked:
+                values = masked[key].decode()
+                masked[key] = from_values(np.where(pairs if kind == "bias" else pairs[:, None], values, 0), origin=key)
+        key = f"layers.{block.layer}.wo.weight"
+        masked[key] = from_values(np.where(np.arange(block.n_heads * 24) % 24 < d, masked[key].decode(), 0), origin=key)
+    n = model.spec.n_layers
+    spec, tensors = ports.cut(whole, sorted_tensors, Kept(n_ff=(160,) * n, n_kv=tuple(b.n_kv_heads for b in whole.attention), head_dim=d))
+    assert (spec.attention[0].head_dim, spec.rope.dim, spec.attn_scale) == (d, d, model.spec.attn_scale)
+    assert tensors["layers.1.wk.weight"].shape[0] == model.spec.attention[1].n_kv_heads * d
+    wanted = logits(whole, masked)
+    torch.testing.assert_close(logits(spec, tensors), wanted, atol=1e-10, rtol=0)
+    assert (wanted - logits(model.spec, model.tensors)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "phi3"])
+def test_cuts_nest_whatever_the_order(folders: Path, name: str) -> None:
+    model = opened(folders, name)
+    first, second = (Kept(n_ff=(n, 160), n_kv=(2, k), head_dim=d) for n, k, d in ((96, 2, 20), (64, 1, 16)))
+    spec, tensors = ports.cut(*ports.cut(model.spec, model.tensors, first), second)
+    wanted_spec, wanted = ports.cut(model.spec, model.tensors, second)
+    assert spec.blocks == wanted_spec.blocks == ports.with_sizes(model.spec, second).blocks
+    np.testing.assert_allclose(spec.rope.factors, wanted_spec.rope.factors, rtol=1e-12)
+    assert tensors.keys() == wanted.keys()
+    for key in tensors:
+        np.testing.assert_array_equal(tensors[key].decode(), wanted[key].decode())
+
+
+def test_a_head_size_that_cannot_be(folders: Path) -> None:
+    spec = opened(folders, "llama").spec
+    for head_dim in (0, 15, 26):
+        with pytest.raises(
+            UnsupportedError, match=rf"heads of 24 dimensions cannot be cut to {head_dim}\. Keep an even number from 2 to 24"
+        ):
+            ports.with_sizes(spec, Kept(n_ff=(160,) * 2, n_kv=(2, 2), head_dim=head_dim))
+    assert ports.with_sizes(spec, Kept(n_ff=(160,) * 2, n_kv=(2, 2), head_dim=24)) == spec
+    for name in ("qwen3", "gemma3"):
+        normed = opened(folders, name)
+        n = normed.spec.n_layers
+        with pytest.raises(
+            UnsupportedError, match=rf"{name} normalises queries and keys over the whole head.*: without some dimensions all"
+        ):
+            ports.cut(normed.spec, normed.tensors, Kept(n_ff=(160,) * n, n_kv=(2,) * n, head_dim=16))
+
+
+def test_pairs_are_ordered_once_and_alike(folders: Path) -> None:
+    model = opened(folders, "llama")
+    for order in (np.arange(11), np.array([0] * 12)):
+        with pytest.raises(UnsupportedError, match=r"an order of pairs names each of 0 to 11 once; got \["):
+            ports.order_pairs(model.spec, model.tensors, order)
+    first, *rest = model.spec.blocks
+    unequal = dataclasses.replace(model.spec, blocks=(dataclasses.replace(first, head_dim=26), *rest))
+    with pytest.raises(UnsupportedError, match=r"heads have \[24, 26\] dimensions, of which \[24\] turn: pairs of all layers can only be"):
+        ports.order_pairs(unequal, model.tensors, np.arange(12))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_sorted_model_is_the_same_function(folders: Path, name: str) -> None:
+    model, rng = opened(folders, name), np.random.default_rng(5)
+    orders = [rng.permutation(ports.size(block)) for block in model.spec.blocks]
+    rotations = {b.layer: np.linalg.qr(rng.standard_normal((b.n_kv_heads, 24, 24)))[0] for b in model.spec.attention[1:]}
+    spec, tensors = ports.apply(model.spec, model.tensors, orders, pair_order=rng.permutation(12), rotations=rotations)
+    assert list(tensors) == list(model.tensors)
+    assert spec.blocks == model.spec.blocks
+    # Rotated values are float32; the rest moves as it is.
+    torch.testing.assert_close(logits(spec, tensors), logits(model.spec, model.tensors), atol=2e-5, rtol=0)
+    spec, tensors = ports.apply(model.spec, model.tensors, orders)
+    assert spec == model.spec
+    torch.testing.assert_close(logits(spec, tensors), logits(model.spec, model.tensors), atol=1e-11, rtol=0)
 
 
 def test_rows_stay_in_their_grid(folders: Path) -> None:

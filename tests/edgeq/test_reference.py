@@ -207,7 +207,7 @@ def test_one_block_is_in_memory_at_a_time(opened: Callable[[str], Model], monkey
     attention, mlp = ("attn_norm", "wq", "wk", "wv", "wo"), ("mlp_norm", "gate", "up", "down")
     expected: dict[tuple[int | None, str], set[str]] = {(None, "head_in"): {"final_norm.weight"}}
     for layer in (0, 1):
-        for roles, points in ((attention, ("attn_in", "attn_out")), (mlp, ("mlp_in", "mlp_hidden"))):
+        for roles, points in ((attention, ("attn_in", "queries", "attn_out")), (mlp, ("mlp_in", "mlp_hidden"))):
             names = [f"layers.{layer}.{role}.weight" for role in roles]
             expected.update({(layer, point): set(names) for point in points})
             assert before[: len(names)] == [(name, set(names[:i])) for i, name in enumerate(names)]
@@ -263,11 +263,17 @@ def test_a_small_head_is_decoded_once(opened: Callable[[str], Model]) -> None:
     assert head.ranges == [(0, 320)]
 
 
-def test_observer_sees_the_input_of_every_linear(opened: Callable[[str], Model]) -> None:
+def test_observer_sees_the_input_of_every_linear_and_the_queries(opened: Callable[[str], Model]) -> None:
     model = opened("llama")
     seen: list[tuple[int | None, str, tuple[int, ...]]] = []
     reference_of(model).hidden(windows((5, 5)), observe=lambda layer, point, x: seen.append((layer, point, tuple(x.shape))))
-    of_layer = (("attn_in", (2, 5, 64)), ("attn_out", (2, 5, 96)), ("mlp_in", (2, 5, 64)), ("mlp_hidden", (2, 5, 160)))
+    of_layer = (
+        ("attn_in", (2, 5, 64)),
+        ("queries", (2, 5, 4, 24)),
+        ("attn_out", (2, 5, 96)),
+        ("mlp_in", (2, 5, 64)),
+        ("mlp_hidden", (2, 5, 160)),
+    )
     assert seen == [(layer, *point) for layer in (0, 1) for point in of_layer] + [(None, "head_in", (2, 5, 64))]
 
 

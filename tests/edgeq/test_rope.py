@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from edgeq.attention import rope_angles, rotate
 from edgeq.errors import UnsupportedError
-from edgeq.rope import RopeSpec, llama3_factors
+from edgeq.rope import NEVER, RopeSpec, llama3_factors
 
 HEAD_DIM = 24
 # Frequencies of transformers are float32: one rounding of the power, one of each product.
@@ -165,3 +165,43 @@ def test_what_is_no_rotation_is_refused(values: dict[str, Any], message: str) ->
     with pytest.raises(UnsupportedError) as caught:
         RopeSpec(**{"dim": 8, "base": 10000.0, **values})
     assert str(caught.value) == message
+
+
+ROPES = [
+    RopeSpec(dim=8, base=1e4, attn_factor=1.5),
+    RopeSpec(dim=8, base=1e4, kind="linear", factor=4.0),
+    RopeSpec(dim=8, base=1e4, kind="factors", factors=(1.0, 2.0, 3.0, 8.0)),
+    RopeSpec(dim=8, base=1e4, kind="yarn", factor=4.0, original_n_ctx=64, attn_factor=1.1386),
+    RopeSpec(dim=8, base=1e4, kind="longrope", short_factors=(1.0, 2.0, 3.0, 4.0), long_factors=(4.0, 5.0, 6.0, 7.0), original_n_ctx=64),
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.kind)
+@pytest.mark.parametrize("n_ctx", [64, 65])
+def test_pairs_keep_their_frequencies_wherever_they_are_taken(rope: RopeSpec, n_ctx: int) -> None:
+    for pairs in ((3, 1, 0, 2), (2, 0), (1,), (0, 1, 2, 3), (0, 1)):
+        taken = rope.take(pairs)
+        assert (taken.dim, taken.attn_factor) == (2 * len(pairs), rope.attn_factor)
+        np.testing.assert_allclose(taken.frequencies(n_ctx), rope.frequencies(n_ctx)[list(pairs)], rtol=1e-12)
+    assert rope.take(range(4)).kind == ("factors" if rope.kind == "yarn" else rope.kind)
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.kind)
+def test_a_wider_rotation_adds_pairs_that_stand_still(rope: RopeSpec) -> None:
+    wide = rope.widened(14)
+    assert (wide.dim, wide.attn_factor) == (14, rope.attn_factor)
+    for n_ctx in (64, 65):
+        np.testing.assert_allclose(wide.frequencies(n_ctx)[:4], rope.frequencies(n_ctx), rtol=1e-12)
+        assert wide.frequencies(n_ctx)[4:].max() <= 1 / NEVER
+        first = wide.take((6, 0))  # a divisor of float32, however far it moves
+        assert first.frequencies(n_ctx)[0] <= 1 / NEVER
+        assert max(*first.factors, *first.long_factors, 0) < 3.4e38
+    assert rope.widened(8) is rope
+
+
+def test_pairs_that_are_not_there_are_refused() -> None:
+    for pairs in ((4,), (-1,), (0, 0)):
+        with pytest.raises(UnsupportedError, match=r"the rope has pairs 0 to 3, each at most once; got \["):
+            ROPES[0].take(pairs)
+    with pytest.raises(UnsupportedError, match="heads of 9 dimensions do not divide into pairs"):
+        ROPES[0].widened(9)

@@ -1,4 +1,4 @@
-"""Sorting a tiny model: the order it finds, the ladder, the factor model, and what compensation gains."""
+"""Sorting a tiny model: the order it finds, the factor model, and what compensation gains."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from tiny import hf_folder
 
 from edgeq import ports, sorting
+from edgeq.allocation import Freedom
 from edgeq.compensation import Floats
 from edgeq.converters.sources.resolve import open_model
-from edgeq.elastic import MAX_RATE, Port, kept_for_rate, steps_for_rate
-from edgeq.errors import UnsupportedError
+from edgeq.elastic import Kept
 from edgeq.model import Model
 from edgeq.reference import Reference
 from edgeq.tensors import LazyTensor, map_values
 
+FREEDOM: dict[str, Freedom] = {"ffn": "per layer", "kv_group": "per layer"}
 WINDOWS = np.random.default_rng(5).integers(0, 320, (4, 32)).tolist()
 
 
@@ -33,8 +34,8 @@ def logits(model: Model, tensors: Mapping[str, LazyTensor]) -> torch.Tensor:
 
 
 def test_sorted_model_is_the_same_function(model: Model) -> None:
-    found = sorting.sort(Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=4)
-    moved = sorting.apply(model.spec, model.tensors, found.orders)
+    found = sorting.sort(Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=4, freedom=FREEDOM)
+    moved = ports.apply(model.spec, model.tensors, found.orders)[1]
     torch.testing.assert_close(logits(model, moved), logits(model, model.tensors), atol=1e-11, rtol=0)
     assert any((order != np.arange(len(order))).any() for order in found.orders)
     assert {i: h.factors.shape for i, h in found.hidden.items()} == {0: (160, 4), 1: (160, 4)}
@@ -54,7 +55,7 @@ def test_useless_parts_come_last_and_go_first(model: Model) -> None:
     tensors = dict(model.tensors)
     tensors["layers.1.down.weight"] = map_values(tensors["layers.1.down.weight"], without(5, 8))
     tensors["layers.1.wo.weight"] = map_values(tensors["layers.1.wo.weight"], without(0, 48))
-    found = sorting.sort(Reference(model.spec, tensors), WINDOWS, channel_step=1, rank=0)
+    found = sorting.sort(Reference(model.spec, tensors), WINDOWS, channel_step=1, rank=0, freedom=FREEDOM)
     attention, mlp = found.orders[2], found.orders[3]
     assert sorted(mlp[-3:]) == [5, 6, 7]
     assert attention.tolist() == [1, 0]
@@ -64,7 +65,7 @@ def test_useless_parts_come_last_and_go_first(model: Model) -> None:
 
 def test_orders_are_those_of_the_hidden_model(model: Model) -> None:
     """The means that go with the sorted channels are the means of those channels."""
-    found = sorting.sort(Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=2)
+    found = sorting.sort(Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=2, freedom=FREEDOM)
     means = dict.fromkeys(range(2), torch.zeros(160))
 
     def observe(layer: int | None, point: str, x: torch.Tensor) -> None:
@@ -76,68 +77,55 @@ def test_orders_are_those_of_the_hidden_model(model: Model) -> None:
         np.testing.assert_allclose(found.hidden[layer].mean, means[layer].numpy()[order], atol=1e-5)
 
 
-def sensitivities(rng: np.random.Generator) -> dict[tuple[Port, int], Floats]:
-    values: dict[tuple[Port, int], Floats] = {}
-    for layer in range(2):
-        values["ffn", layer] = rng.exponential(size=160).astype(np.float32) * (1 + 3 * layer)
-        values["kv_group", layer] = rng.exponential(size=2).astype(np.float32) * 20
-    return values
+def test_heads_are_sorted_when_they_may_be_cut(model: Model) -> None:
+    """Pairs and value directions move, the function stays, and what is cut first matters less than what stays."""
+    reference = Reference(model.spec, model.tensors)
+    freedom: dict[str, Freedom] = {**FREEDOM, "head": "all layers alike"}
+    found = sorting.sort(reference, WINDOWS, channel_step=32, rank=0, freedom=freedom, head_sizes=(16, 8))
+    pair_order, turns = found.pair_order, found.rotations
+    assert pair_order is not None and turns is not None
+    assert sorted(pair_order) == list(range(12)) and pair_order.tolist() != list(range(12))
+    spec, tensors = ports.apply(model.spec, model.tensors, found.orders, pair_order=pair_order, rotations=turns)
+    moved = Reference(spec, tensors, dtype=torch.float64)
+    torch.testing.assert_close(moved.logits(moved.hidden([WINDOWS[0]])[0]), logits(model, model.tensors), atol=1e-5, rtol=0)
+
+    def change(keep_last: bool) -> float:
+        """Of the logits of all windows, by heads of 16 dimensions out of 24."""
+        backwards = np.arange(12)[::-1] if keep_last else np.arange(12)
+        rotations = {layer: matrix[:, ::-1] if keep_last else matrix for layer, matrix in turns.items()}
+        ordered = ports.apply(model.spec, model.tensors, found.orders, pair_order=pair_order[backwards], rotations=rotations)
+        cut = Reference(*ports.cut(*ordered, Kept(n_ff=(160, 160), n_kv=(2, 2), head_dim=16)), dtype=torch.float64)
+        whole = Reference(model.spec, model.tensors, dtype=torch.float64)
+        both = zip(cut.hidden(WINDOWS), whole.hidden(WINDOWS), strict=True)
+        return sum(float((cut.logits(a) - whole.logits(b)).square().mean()) for a, b in both)
+
+    assert change(keep_last=False) < 0.7 * change(keep_last=True)
 
 
-@pytest.mark.parametrize("channel_step", [1, 16, 32, 48])
-def test_ladder_reaches_the_last_rate_and_no_further(model: Model, channel_step: int) -> None:
-    rungs = sorting.ladder(model.spec, model.tensors, sensitivities(np.random.default_rng(0)), channel_step=channel_step)
-    assert rungs.removed_fraction(len(rungs.steps)) >= MAX_RATE > rungs.removed_fraction(len(rungs.steps) - 1)
-    for step in rungs.steps:
-        assert step.stop % (channel_step if step.port == "ffn" else 1) == 0
-        assert step.damage > 0
-    assert min(rungs.smallest.n_ff + rungs.smallest.n_kv) > 0
+def test_heads_stay_when_nobody_asks(model: Model) -> None:
+    found = sorting.sort(Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=0, freedom=FREEDOM, head_sizes=(16,))
+    assert found.pair_order is None and found.rotations is None
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.2, 0.35])
-def test_removed_parameters_are_counted_as_they_are(model: Model, rate: float) -> None:
-    rungs = sorting.ladder(model.spec, model.tensors, sensitivities(np.random.default_rng(1)), channel_step=16)
-    kept = kept_for_rate(rungs, rate)
-    _, cut = ports.cut(model.spec, model.tensors, kept)
-    assert kept.n_kv != (2, 2)  # groups go too
-    removed = 1 - ports.block_params(cut) / rungs.block_params
-    assert removed == pytest.approx(rungs.removed_fraction(steps_for_rate(rungs, rate)), abs=1e-12)
-    assert removed >= rate
+def test_the_same_input_gives_the_same_result(model: Model) -> None:
+    def run() -> sorting.Sorting:
+        reference = Reference(model.spec, model.tensors)
+        return sorting.sort(reference, WINDOWS[:3], channel_step=32, rank=4, freedom=FREEDOM, held_back=WINDOWS[3:])
+
+    first, second = run(), run()
+    assert first.ladder == second.ladder
+    for one, other in zip(first.orders, second.orders, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for layer, hidden in first.hidden.items():
+        for name in ("mean", "factors", "noise"):
+            np.testing.assert_array_equal(getattr(hidden, name), getattr(second.hidden[layer], name))
 
 
-def test_a_layer_that_matters_more_is_cut_less(model: Model) -> None:
-    values = sensitivities(np.random.default_rng(2))
-    values["ffn", 1] = values["ffn", 0] * 4
-    kept = sorting.ladder(model.spec, model.tensors, values, channel_step=16).smallest
-    assert kept.n_ff[1] > kept.n_ff[0]
-
-
-def test_steps_too_large_for_the_model(model: Model) -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"cutting 256 MLP channels at a time, down to one step of each layer, removes [\d,]+ of 98,5"
-    ):
-        sorting.ladder(model.spec, model.tensors, sensitivities(np.random.default_rng(0)), channel_step=256)
-
-
-def test_factor_model_finds_the_covariance_it_was_made_from() -> None:
-    rng = np.random.default_rng(0)
-    factors = rng.standard_normal((80, 3)) * rng.uniform(0.1, 10, (80, 1))  # channels of very different size
-    noise = rng.uniform(0.5, 1, 80) * np.square(factors).sum(1)
-    mean = rng.standard_normal(80)
-    covariance = factors @ factors.T + np.diag(noise)
-    found = sorting.hidden_model(torch.tensor(mean), torch.tensor(covariance + np.outer(mean, mean)), rank=3)
-    scale = np.sqrt(np.diag(covariance))
-    error = (found.factors @ found.factors.T - factors @ factors.T) / np.outer(scale, scale)
-    assert np.abs(error).max() < 0.02
-    np.testing.assert_allclose(found.noise, noise, rtol=0.1)
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
-
-
-def test_channels_that_never_fire_have_no_factors() -> None:
-    second = torch.diag(torch.tensor([1.0, 0.0, 2.0, 3.0]))
-    found = sorting.hidden_model(torch.zeros(4), second, rank=2)
-    assert np.isfinite(found.factors).all() and not found.factors[1].any() and found.noise[1] == 0
-
-
-def test_a_rank_beyond_the_width_is_the_width() -> None:
-    assert sorting.hidden_model(torch.zeros(4), torch.eye(4), rank=64).factors.shape == (4, 4)
+def test_windows_held_back_judge_compensation(model: Model) -> None:
+    """Random tokens have nothing to tell a tiny random model of others: with less than all its noise, it would be worse."""
+    reference = Reference(model.spec, model.tensors)
+    unchecked = sorting.sort(reference, WINDOWS[:1], channel_step=32, rank=16, freedom=FREEDOM)
+    checked = sorting.sort(reference, WINDOWS[:1], channel_step=32, rank=16, freedom=FREEDOM, held_back=WINDOWS[1:])
+    for layer, hidden in checked.hidden.items():
+        before = unchecked.hidden[layer]
+        assert not hidden.factors.any() or hidden.noise.sum() > before.noise.sum()

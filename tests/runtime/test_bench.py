@@ -15,9 +15,10 @@ import numpy as np
 import psutil
 import pytest
 from tiny import N_VOCAB
+from tiny_elastic import write_tiny_elastic
 from tiny_gguf import write_tiny_gguf
 
-from edgeq.errors import EdgeqError, MissingDependency, PlanError, RuntimeFailure, SourceError, UsageError
+from edgeq.errors import EdgeqError, MissingDependency, PackageError, PlanError, RuntimeFailure, SourceError, UsageError
 from edgeq.package import sha256
 from edgeq.runtime import bench as module
 from edgeq.runtime import llama
@@ -25,12 +26,14 @@ from edgeq.runtime.bench import METRICS_VERSION, BenchResult, bench, contention,
 from edgeq.runtime.child import Child, _error
 from edgeq.runtime.contention import THRESHOLD
 from edgeq.runtime.decoding import greedy_steps
+from edgeq.runtime.elastic_package import open_elastic
 from edgeq.runtime.llama import LlamaContext, LlamaModel
 from edgeq.runtime.memory import kv_bytes
 
 FIELDS = [
     *("artifact", "runtime", "device", "rate", "adapter", "load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "itl_ms"),
-    *("peak_rss_bytes", "model_bytes", "kv_bytes", "vram_bytes", "energy_j_per_token", "samples", "environment"),
+    *("peak_rss_bytes", "model_bytes", "kv_bytes", "vram_bytes", "energy_j_per_token", "adapter_switch_ms"),
+    *("samples", "environment"),
 ]
 
 
@@ -52,7 +55,7 @@ def test_rows_have_exactly_the_promised_fields(results: list[BenchResult], paths
         assert list(row["itl_ms"]) == ["p50", "p95", "p99"]
         assert json.loads(json.dumps(row, allow_nan=False)) == row
         assert (row["artifact"], row["runtime"], row["device"]) == (str(path), "llama.cpp", "cpu")
-        assert row["rate"] is row["adapter"] is row["vram_bytes"] is None, "unknown is None, never 0"
+        assert row["rate"] is row["adapter"] is row["adapter_switch_ms"] is row["vram_bytes"] is None, "unknown is None, never 0"
         assert row["energy_j_per_token"] is None or row["energy_j_per_token"] > 0
 
 
@@ -284,7 +287,8 @@ def test_waiting_processes_use_no_processor_and_end_with_their_parent(paths: tup
     code = (
         "import sys, time\nfrom edgeq.runtime.child import Child\n"
         "child = Child('edgeq.runtime._bench_child', 'x')\n"
-        f"child.ask({{'op': 'load', 'path': {str(paths[0])!r}, 'threads': 2, 'device': 'cpu', 'n_ctx': 64, 'kv_type': 'f16'}})\n"
+        f"files = {{'path': {str(paths[0])!r}, 'adapter': None}}\n"
+        "child.ask({'op': 'load', **files, 'threads': 2, 'device': 'cpu', 'n_ctx': 64, 'kv_type': 'f16'})\n"
         "child.ask({'op': 'repeat', 'prompt': [1, 2, 3], 'gen_tokens': 9})\n"
         "print(child.pid, flush=True)\ntime.sleep(60)\n"
     )
@@ -340,6 +344,34 @@ def test_packages_report_their_rate(paths: tuple[Path, Path], tmp_path: Path) ->
 
 def no_children() -> bool:
     return not [child for child in psutil.Process().children() if "edgeq" in " ".join(child.cmdline())]
+
+
+def test_cuts_of_a_package_take_turns(monkeypatch: pytest.MonkeyPatch, paths: tuple[Path, Path], tmp_path: Path) -> None:
+    package = write_tiny_elastic(tmp_path / "p")
+    asked: list[tuple[Child, str]] = []
+
+    class Recorded(Child):
+        def ask(self, request: Mapping[str, Any]) -> Any:
+            asked.append((self, request["op"]))
+            return super().ask(request)
+
+    monkeypatch.setattr(module, "Child", Recorded)
+    rows = bench([package], prompt_tokens=5, gen_tokens=2, repeat=2, threads=1, rates=[0.3, 0, 0.2])
+    assert [row.rate for row in rows] == [0.3, 0, 0.2]
+    children = list(dict.fromkeys(child for child, _ in asked))
+    assert [child for child, op in asked if op == "repeat"] == children * 3
+    elastic = open_elastic(package)
+    for row in rows:
+        assert row.rate is not None
+        with elastic.cut_to_memory(elastic.at_rate(row.rate)) as small:
+            assert row.environment["artifact_sha256"] == sha256(small.path)
+            with LlamaModel.load(small.path) as model:
+                assert (row.model_bytes, row.kv_bytes) == (model.size_bytes, kv_bytes(model.facts, 7))
+    assert bench([paths[0]], prompt_tokens=5, gen_tokens=2, repeat=1, threads=1, rates=[0])[0].rate is None
+    with pytest.raises(PackageError, match=r"a.gguf is a single file"):
+        bench([paths[0]], rates=[0, 0.1])
+    with pytest.raises(UsageError, match=r"rates to measure are none. Give different numbers from 0 to 0.35, e.g. 0,0.15,0.25"):
+        bench([package], rates=[])
 
 
 def test_interrupting_ends_the_children(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,9 @@ def test_process_memory_agrees_with_psutil() -> None:
     # Other allocations come and go between the two readings.
     assert found.rss == pytest.approx(psutil.Process().memory_info().rss, abs=8 << 20)
     assert found.rss >= ballast.nbytes
-    assert set(found.to_json()) == {"model_bytes", "kv_bytes", "rss", "rss_anon", "rss_file", "pss", "peak_rss"}
+    assert set(found.to_json()) == {
+        *("model_bytes", "kv_bytes", "cuts_bytes", "rss", "rss_anon", "rss_file", "rss_shmem", "pss", "peak_rss")
+    }
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")

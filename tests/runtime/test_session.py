@@ -94,7 +94,7 @@ def test_draws_follow_the_probabilities(session: Session) -> None:
     """First tokens of 400 draws against softmax of the logits at the same temperature."""
     prompt = session.model.tokenize("the", add_special=True)
     logits = session.context.logits_of(prompt)[-1].astype(np.float64) / 0.5
-    session._cached = list(prompt)
+    session._cached = [(token, ()) for token in prompt]
     expected = np.exp(logits - logits.max())
     expected /= expected.sum()
     drawn = np.zeros(N_VOCAB)

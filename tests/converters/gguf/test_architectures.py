@@ -113,11 +113,12 @@ def test_some_architectures_want_heads_as_wide_as_the_model(name: str) -> None:
         arch_for(made_spec(name))
 
 
-def test_an_attention_scale_of_its_own_needs_a_q_norm_to_take_it() -> None:
-    message = r"attention scale 0\.5: llama\.cpp's llama architecture uses 0\.204124 and has no key for another\. It cannot be exported"
+def test_an_attention_scale_of_its_own_needs_a_q_norm_or_a_rotary_magnitude_to_take_it() -> None:
+    message = r"attention scale 0\.5: llama\.cpp's smollm3 architecture uses 0\.204124 and has no key for another\. It cannot be exported"
     with pytest.raises(UnsupportedError, match=message):
-        arch_for(made_spec(attn_scale=0.5))
-    assert arch_for(made_spec("gemma3", attn_scale=0.5))
+        arch_for(made_spec("smollm3", attn_scale=0.5))
+    for name in ("gemma3", "llama"):
+        assert arch_for(made_spec(name, attn_scale=0.5))
 
 
 def test_an_embedding_scale_of_its_own_is_refused() -> None:

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from made_models import made_model, made_spec
 from real_llama import quantize
 
+from edgeq import ggml
 from edgeq.converters.gguf import encode
 from edgeq.converters.gguf.carrier import write_model
-from edgeq.converters.gguf.encode import ENCODABLE, RegridError, copy_tensor, encode_rows, encode_tensor, usable_importance
+from edgeq.converters.gguf.encode import RegridError, copy_tensor, encode_rows, encode_tensor, usable_importance
 from edgeq.converters.gguf.lowering import lower
 from edgeq.converters.gguf.mixes import QUANTS, choose_grids
 from edgeq.converters.sources.gguf import read_gguf_model
 from edgeq.errors import MissingDependency, PlanError, ShapeError, SourceError, UnsupportedError
+from edgeq.ggml import ENCODABLE
 from edgeq.gguf_file import read_header
 from edgeq.grids import BF16, F16, F32, GRIDS, Grid, grid
 from edgeq.tensors import Floats, LazyTensor, from_values
@@ -250,13 +252,13 @@ def test_copying_checks_what_it_copies() -> None:
 
 def test_without_the_llama_library_only_block_types_are_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    encode._ggml.cache_clear()
+    ggml.library.cache_clear()
     try:
-        with pytest.raises(MissingDependency, match=r"llama_cpp is not installed. Install it with: pip install 'edgeq\[export\]'"):
+        with pytest.raises(MissingDependency, match=r"llama_cpp is not installed. Install it with: pip install 'edgeq\[llama\]'"):
             encode_rows(values(), grid("Q4_0"))
         assert encode_rows(values(), F16).shape == (24, 1024)
     finally:
-        encode._ggml.cache_clear()
+        ggml.library.cache_clear()
 
 
 @pytest.fixture(scope="module")

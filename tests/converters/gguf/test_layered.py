@@ -16,7 +16,7 @@ from tiny import N_VOCAB as TINY_VOCAB
 from tiny import hf_folder
 
 from edgeq.converters.gguf.carrier import write_model
-from edgeq.converters.gguf.graph_rope import NEVER, graph_rope
+from edgeq.converters.gguf.graph_rope import graph_rope
 from edgeq.converters.gguf.lowering import Lowered, lower
 from edgeq.converters.gguf.mixes import choose_grids
 from edgeq.converters.sources.gguf import read_gguf_model
@@ -25,7 +25,7 @@ from edgeq.families import family
 from edgeq.grids import F32
 from edgeq.model import Model
 from edgeq.reference import Reference
-from edgeq.rope import RopeSpec
+from edgeq.rope import NEVER, RopeSpec
 from edgeq.spec import ModelSpec
 
 LAYERED = {name: case for name, case in VARIANTS.items() if name.split("-")[0] in ("llama", "llama3", "mistral", "qwen2", "phi3")}

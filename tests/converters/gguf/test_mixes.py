@@ -10,8 +10,9 @@ from real_llama import quantized_types
 
 from edgeq.converters.gguf.carrier import write_model
 from edgeq.converters.gguf.lowering import Lowered, lower
-from edgeq.converters.gguf.mixes import QUANTS, choose_grids, fallback_notes, file_type, quant
+from edgeq.converters.gguf.mixes import QUANTS, choose_grids, fallback_notes, file_type, finer_grid, quant
 from edgeq.errors import UnsupportedError
+from edgeq.grids import grid
 from edgeq.spec import ModelSpec
 
 # Ours alone: a dense MXFP4, and Q4_K without llama-quantize's bumps.
@@ -100,3 +101,13 @@ def test_the_file_type_is_that_of_the_quant() -> None:
 def test_an_unknown_quant_lists_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match=r"unknown quantization 'Q4_2'; known: F32, F16, BF16, .*Q2_K"):
         quant("Q4_2")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "n_cols", "finer"),
+    [("Q4_K", 128, "Q5_0"), ("Q6_K", 96, "Q8_0"), ("Q4_K", 256, None), ("Q4_K", 48, None), ("Q8_0", 48, None), ("F16", 48, None)],
+)
+def test_rows_that_are_to_be_cut_get_smaller_blocks_where_that_helps(wanted: str, n_cols: int, finer: str | None) -> None:
+    found = finer_grid(grid(wanted), n_cols)
+    assert (found and found.name) == finer
+    assert found is None or found.bits >= grid(wanted).bits

@@ -1,0 +1,130 @@
+"""An elastic package on the device: opened, asked what a rate or a budget comes to, and cut.
+
+    elastic = open_elastic(Path("my-package"))
+    size = elastic.at_budget(70_000_000)
+    elastic.cut(size, Path("small.gguf"))
+
+A package is a folder with a manifest; what it says about its files is checked before they are used: side files when it is opened, the
+artifact while it is cut. At rate 0 a cut is the artifact, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeq.elastic import Kept, steps_for_bytes, steps_for_rate
+from edgeq.elastic_files import Elastic, read_elastic
+from edgeq.errors import PackageError
+from edgeq.gguf_file import Header, read_header
+from edgeq.package import MANIFEST, ArtifactRecord, Package, check_size, read_package
+from edgeq.progress import Progress, silent
+from edgeq.runtime.compensated import compensated, planned
+from edgeq.runtime.cut import CutResult, MemoryCut, cut_gguf, cut_to_memory
+from edgeq.runtime.cut_plan import Extras, cut_bytes, read_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size of a package: the first n_steps steps of its ladder are taken. rate: what was asked for, or what was reached."""
+
+    rate: float
+    removed_fraction: float
+    n_steps: int
+    kept: Kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticPackage:
+    """An open elastic package. Sizes of its ladder are those of its artifact."""
+
+    package: Package
+    record: ArtifactRecord
+    header: Header
+    elastic: Elastic
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the package."""
+        records = (*self.package.artifacts, *self.package.side_files)
+        return (self.package.folder / MANIFEST, *(self.package.folder / record.path for record in records))
+
+    def at_rate(self, rate: float) -> Size:
+        """Raises PlanError for a rate outside [0, MAX_RATE], or that the package does not reach."""
+        n_steps = steps_for_rate(self.elastic.ladder, rate)
+        return self._size(n_steps, rate)
+
+    def at_budget(self, n_bytes: int) -> Size:
+        """The largest cut of at most n_bytes. Raises PlanError naming the smallest one when that is larger."""
+        return self.at_steps(steps_for_bytes(self.elastic.ladder, self.bytes_of, n_bytes))
+
+    def at_steps(self, n_steps: int) -> Size:
+        """The cut by the first n_steps steps; its rate is the fraction that they remove."""
+        return self._size(n_steps, self.elastic.ladder.removed_fraction(n_steps))
+
+    def bytes_of(self, kept: Kept) -> int:
+        """Exact size of the file that a cut writes."""
+        return cut_bytes(self.header, kept, planned(self.header, self.elastic.hidden, kept))
+
+    def cut(self, size: Size, target: Path, *, force: bool = False, threads: int | None = None, progress: Progress = silent) -> CutResult:
+        """Write a cut. Raises OutputError, PackageError and SourceError as `cut_gguf`, and as `compensated`; then nothing is written."""
+        with self._extras(size, threads) as extras:
+            return cut_gguf(self.path, target, size.kept, extras=extras, sha256=self.record.sha256, force=force, progress=progress)
+
+    def cut_to_memory(self, size: Size, *, threads: int | None = None, progress: Progress = silent) -> MemoryCut:
+        """The same into memory."""
+        with self._extras(size, threads) as extras:
+            return cut_to_memory(self.path, size.kept, extras=extras, sha256=self.record.sha256, progress=progress)
+
+    @contextmanager
+    def _extras(self, size: Size, threads: int | None) -> Iterator[Extras]:
+        with compensated(self.header, self.elastic.hidden, size.kept, threads=threads) as extras:
+            yield extras
+
+    def _size(self, n_steps: int, rate: float) -> Size:
+        ladder = self.elastic.ladder
+        return Size(rate=rate, removed_fraction=ladder.removed_fraction(n_steps), n_steps=n_steps, kept=ladder.kept(n_steps))
+
+
+def open_elastic(path: Path) -> ElasticPackage:
+    """Open a package for cutting: its manifest, its side files checked against their hashes, and the header of its artifact.
+
+    Raises PackageError for what is no elastic package, or a damaged one; SourceError and UnsupportedError as `read_sizes`.
+    """
+    if path.is_file():
+        raise PackageError(
+            f"{path} is a single file: what it may be cut to, and what makes up for that, is in the package that it came from. "
+            "Give that folder, or export the model with --elastic."
+        )
+    package = read_package(path)
+    elastic = read_elastic(package)
+    record = package.artifacts[0]
+    header = read_header(check_size(package, record))
+    check_fits(header, elastic)
+    return ElasticPackage(package=package, record=record, header=header, elastic=elastic)
+
+
+def check_elastic(package: Package) -> None:
+    """Raises PackageError when the side files of an elastic package are not of its artifact, or not what they should be."""
+    elastic = read_elastic(package)
+    check_fits(read_header(package.artifact_path()), elastic)
+    for layer, model in elastic.hidden.items():
+        if len(model.mean) != elastic.ladder.n_ff[layer]:
+            raise PackageError(f"{package.folder}: hidden activations of layer {layer} do not have the width of its MLP. Export it again.")
+
+
+def check_fits(header: Header, elastic: Elastic) -> None:
+    """Raises PackageError when a ladder is not that of an artifact."""
+    sizes, ladder = read_sizes(header), elastic.ladder
+    said = (ladder.n_ff, ladder.n_kv, sizes.head_dim if ladder.head_dim is None else ladder.head_dim)
+    if said != (sizes.n_ff, sizes.n_kv, sizes.head_dim):
+        raise PackageError(
+            f"{header.path}: its MLP widths, KV heads and head size are not those that the package's ladder starts from. "
+            "The package is mixed up; export it again."
+        )
