@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from tiny import edit_json, hf_folder, hf_model
 from tiny_quantized import bnb4, compressed, quantize
 
 import edgeq
-from edgeq import cli, ports
+from edgeq import ports
 from edgeq.adapter_records import package_adapters
 from edgeq.converters.adapters.open import open_adapter
 from edgeq.converters.sources.gguf import read_gguf_model
@@ -80,22 +78,6 @@ def package(models, sql, poems, tmp_path_factory):
     result = export(models("llama"), output=out, quant="Q8_0", adapters=[sql, f"{poems}=verse:0.5"])
     assert result.gate.failures == ()
     return out
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """edgeq ARGUMENTS -> (exit status, stdout, stderr), in this process."""
-
-    def call(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["edgeq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 def torch_logits(model):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import sys
 import warnings
 
 import numpy as np
@@ -15,7 +13,6 @@ from real_llama import all_logits
 from tiny import hf_folder, hf_model
 
 import edgeq
-from edgeq import cli
 from edgeq.converters.adapters.open import open_adapter
 from edgeq.converters.sources.resolve import open_model
 from edgeq.deltas.merge import merged
@@ -36,22 +33,6 @@ def sql(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters") / "sql"
     lora_folder(folder, model, rank=8, seed=1, gain=0.3)
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """edgeq ARGUMENTS -> (exit status, stdout, stderr), in this process."""
-
-    def call(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["edgeq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 def float_logits(model, adapter):

@@ -1,7 +1,6 @@
 """The command line's contract: fields, streams, exit statuses, and what it loads."""
 
 import json
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from tiny import hf_folder
 from tiny_elastic import write_tiny_elastic
 
 import edgeq
-from edgeq import cli
 from edgeq.package import record_files
 
 PROFILE = "laptop-cpu"
@@ -27,22 +25,6 @@ def package(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("packages") / "p"
     edgeq.export(llama, profile=PROFILE, output=out, quant="Q4_0")
     return out
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """edgeq ARGUMENTS -> (exit status, stdout, stderr), in this process."""
-
-    def call(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["edgeq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 def test_export_json(run, llama, tmp_path):
