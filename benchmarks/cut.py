@@ -55,12 +55,10 @@ else:
         import edgeq.runtime.compensated as compensated
         compensated._downs = lambda *_: []
     del sys.argv[1]
+    import atexit
     import edgeq.cli
-    try:
-        edgeq.cli.main()
-    except SystemExit as end:
-        report()
-        raise
+    atexit.register(report)
+    edgeq.cli.program()
 """
 # n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_layers, n_vocab, grid of matrices
 _SHAPES = {
@@ -147,14 +145,19 @@ def synthetic(folder: Path, name: str) -> None:
 
 def measure(package: Path, rate: str, repeat: int, folder: Path) -> bool:
     target, copied = folder / "cut.gguf", folder / "copy.gguf"
-    command = ("cut", str(package), "-o", str(target), "--rate", rate, "--force", "--json")
+    command = ("cut", str(package), "-o", str(target), "--rate", rate, "--json")
+
+    def cut(how: str) -> tuple[float, float, float]:
+        target.unlink(missing_ok=True)
+        return child(how, *command)
+
     cuts, plain, copies, bare = [], [], [], []
-    child("", *command)  # compiles modules and warms caches
+    cut("")  # compiles modules and warms caches
     for _ in range(repeat):
-        plain.append(child("plain", *command))
+        plain.append(cut("plain"))
         copies.append(copy(target, copied))
         bare.append(child())
-        cuts.append(child("", *command))
+        cuts.append(cut(""))
     copied.unlink()
     seconds, cpu, without, alone = (statistics.median(row[i] for row in rows) for rows, i in ((cuts, 0), (cuts, 1), (plain, 0), (bare, 0)))
     beside, over = statistics.median(copies), max(row[2] for row in cuts) - statistics.median(row[2] for row in bare)

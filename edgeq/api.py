@@ -20,7 +20,6 @@ from edgeq.output import check_file_target, staged_file
 from edgeq.package import ArtifactRecord, Status, check_files, check_record, is_package, read_package, resolve_artifact
 from edgeq.progress import Progress, silent
 from edgeq.sizes import parse_bytes
-from edgeq.spec import Mlp, ModelSpec
 
 FINGERPRINT = "reference.npz"
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from edgeq.runtime.elastic_package import ElasticPackage, Size
     from edgeq.runtime.quality import Evaluation
     from edgeq.runtime.session import Session
+    from edgeq.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +217,8 @@ def _cut_sizes(package: Path, rates: Sequence[float]) -> Sequence[CutSize]:
 
 def _sizes(spec: ModelSpec) -> list[tuple[int, ...]]:
     """What a cut changes of every block."""
+    from edgeq.spec import Mlp
+
     return [(b.layer, b.n_ff) if isinstance(b, Mlp) else (b.layer, b.n_heads, b.n_kv_heads, b.head_dim) for b in spec.blocks]
 
 
@@ -302,7 +304,7 @@ def cut(
     package's; PackageError for what is no elastic package, or a damaged one; OutputError
     when the output exists, is an input, or cannot be written. Then nothing is left under the output's name.
     """
-    from edgeq.runtime.elastic_package import open_elastic
+    from edgeq.runtime.elastic_package import opened_to_cut
 
     start = time.monotonic()
     if (rate is None) == (budget is None):
@@ -310,20 +312,20 @@ def cut(
     target = Path(output)
     if target.suffix != ".gguf":
         raise UsageError(f"{target}: a cut is a GGUF file; give a name that ends in .gguf.")
-    elastic = open_elastic(Path(package))
-    check_file_target(target, force=force, inputs=elastic.files)
-    if rate is not None:
-        size = elastic.at_rate(rate)
-    else:
-        assert budget is not None
-        size = elastic.at_budget(parse_bytes(budget) if isinstance(budget, str) else budget)
-    beside = None if adapter is None else _cut_adapter(elastic, adapter, size, target, force=force)
-    try:
-        written = elastic.cut(size, target, force=force, progress=progress)
-    except BaseException:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-        raise
+    with opened_to_cut(Path(package)) as elastic:
+        check_file_target(target, force=force, inputs=elastic.files)
+        if rate is not None:
+            size = elastic.at_rate(rate)
+        else:
+            assert budget is not None
+            size = elastic.at_budget(parse_bytes(budget) if isinstance(budget, str) else budget)
+        beside = None if adapter is None else _cut_adapter(elastic, adapter, size, target, force=force)
+        try:
+            written = elastic.cut(size, target, force=force, progress=progress)
+        except BaseException:
+            if beside is not None:
+                beside.unlink(missing_ok=True)
+            raise
     return CutFile(
         path=target,
         bytes=written.bytes,

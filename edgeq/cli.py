@@ -6,7 +6,9 @@ gate not passed, 2 usage, 130 interrupted. Heavy libraries load inside the comma
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -48,6 +50,24 @@ def main() -> NoReturn:
         click.echo(f"error: {err}", err=True)
         sys.exit(err.exit_code)
     sys.exit(status or 0)
+
+
+def program() -> NoReturn:
+    """The program: `main`, and an end that does not take the interpreter apart first, which takes longer than some commands do.
+
+    Whoever wants to clean up at the end of the process does (atexit), and what is printed arrives.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        status = 1
+    os._exit(status)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -228,6 +248,7 @@ def cut(
 
     Needs no torch. The package is checked against its hashes while it is read. Rate 0 is the package's own artifact.
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: a cut has threads of its own
     from edgeq import api
     from edgeq.sizes import size
 
@@ -468,4 +489,4 @@ def detect(as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program()

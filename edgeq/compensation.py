@@ -14,6 +14,7 @@ Runs on the device: numpy alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,24 @@ class Regression:
     def columns(self, down: Floats) -> Floats:
         """Rows of down_proj (n, n_ff) as their kept columns (n, n_kept), which have taken on the lost ones."""
         kept = self.right.shape[1]
-        return down[:, :kept] + product(product(down[:, kept:], self.left), self.right)
+        return down[:, :kept] + self.spread(self.taken(down[:, kept:]))
+
+    def taken(self, lost: Floats) -> Floats:
+        """Lost columns (n, n_lost) as weights of factors, (n, rank)."""
+        return product(lost, self.left)
+
+    def spread(self, taken: Floats) -> Floats:
+        """What kept columns take on of that, (n, n_kept)."""
+        return product(taken, self.right)
+
+    def sizes(self, taken: Floats) -> Floats:
+        """Root mean square of every row of `spread(taken)`, (n,), without computing it."""
+        squares = np.einsum("ij,ij->i", product(taken, self._gram), taken)
+        return np.sqrt(np.maximum(squares, 0) / self.right.shape[1])
+
+    @cached_property
+    def _gram(self) -> Floats:
+        return product(self.right, np.ascontiguousarray(self.right.T))
 
     def bias(self, lost: Floats) -> Floats:
         """What lost columns (n, n_lost) come to beside that, (n,)."""
@@ -101,8 +119,8 @@ def compensate(down: Floats, model: HiddenModel, kept: int) -> tuple[Floats, Flo
 
 def _low_rank(model: HiddenModel, kept: int) -> tuple[Floats, Floats]:
     """R = left (n_ff - kept, rank) @ right (rank, kept). Solved in float64: U^T N^-1 U spans many orders of magnitude."""
-    factors, noise = model.factors[:kept].astype(np.float64), model.noise[:kept].astype(np.float64)
-    weighted = np.divide(factors, noise[:, None], out=np.zeros_like(factors), where=noise[:, None] > 0)
-    identity = np.eye(factors.shape[1])
-    inner = identity + product(factors.T, weighted)
-    return model.factors[kept:], product(np.linalg.solve(inner, identity), weighted.T).astype(np.float32)
+    factors, noise = model.factors[:kept], model.noise[:kept, None]
+    unit = np.divide(factors, np.sqrt(noise), out=np.zeros_like(factors), where=noise > 0).astype(np.float64)
+    inner = np.eye(factors.shape[1]) + product(np.ascontiguousarray(unit.T), unit)
+    weighted = np.divide(factors, noise, out=np.zeros_like(factors), where=noise > 0)
+    return model.factors[kept:], product(np.linalg.inv(inner), weighted.T.astype(np.float64)).astype(np.float32)

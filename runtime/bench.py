@@ -209,7 +209,7 @@ def _entry(artifact: Path | str, rate: float | None, adapter: str | None, cuts: 
                 beside = beside[0], cuts.enter_context(left).path
             facts = _checked(cut.path, beside)
             return _Entry(
-                artifact=str(artifact), path=cut.path, is_cut=True, rate=rate, facts=facts, sha256=cut.result.sha256, adapter=beside
+                artifact=str(artifact), path=cut.path, is_cut=True, rate=rate, facts=facts, sha256=sha256(cut.path), adapter=beside
             )
     stated = None if package is None else package.manifest["export"].get("rate")
     return _Entry(artifact=str(artifact), path=path, rate=stated, facts=_checked(path, beside), sha256=sha256(path), adapter=beside)

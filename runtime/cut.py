@@ -12,7 +12,6 @@ the source's dropped parts as well, which is why it is the caller's choice: a pa
 from __future__ import annotations
 
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,8 @@ import numpy as np
 
 from edgeq.elastic import Kept
 from edgeq.errors import OutputError, PackageError, SourceError
-from edgeq.gguf_file import read_header
-from edgeq.gguf_write import TensorData, Written, write_gguf
+from edgeq.gguf_file import Header, read_header
+from edgeq.gguf_write import TensorData, write_gguf
 from edgeq.output import check_disk, staged_file
 from edgeq.package import sha256 as file_sha256
 from edgeq.progress import Progress, silent
@@ -41,35 +40,35 @@ CHUNK_BYTES = 512 << 10  # stays in the cache between reading, hashing and writi
 
 @dataclass(frozen=True, kw_only=True)
 class CutResult:
-    """bytes and sha256 of what was written. removed_fraction: of the parameters of all blocks."""
+    """bytes: of what was written. removed_fraction: of the parameters of all blocks."""
 
     bytes: int
-    sha256: str
     removed_fraction: float
 
 
 def cut_gguf(
-    source: Path,
+    source: Path | Header,
     target: Path,
     kept: Kept,
     *,
     extras: Extras = NO_EXTRAS,
-    sha256: str | None = None,
+    sha256: SourceCheck | str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> CutResult:
     """Write a cut of `source` to `target`, which is whole or absent, whatever happens.
 
-    sha256: what the source must hash to; None does not look. force: replace an existing target. progress: step "write", in bytes.
+    source: a file, or its header if that is read already. sha256: what it must hash to, or a check of that under way; None does
+    not look. force: replace an existing target. progress: step "write", in bytes.
     Raises PlanError, UnsupportedError and SourceError as `plan_cut`; PackageError for another hash; OutputError when the target exists,
     is the source, or the disk refuses; SourceError when the source cannot be read to its end.
     """
-    plan = plan_cut(read_header(source), kept, extras)
-    with staged_file(target, force=force, inputs=(source,)) as stage:
+    plan = plan_cut(_header(source), kept, extras)
+    with staged_file(target, force=force, inputs=(plan.source,)) as stage:
         check_disk(target, plan.nbytes)
-        with _verified(source, sha256):
+        with _verified(plan.source, sha256):
             written = write_plan(plan, stage, progress)
-    return CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction)
+    return CutResult(bytes=written, removed_fraction=plan.removed_fraction)
 
 
 class MemoryCut:
@@ -93,13 +92,13 @@ class MemoryCut:
 
 
 def cut_to_memory(
-    source: Path, kept: Kept, *, extras: Extras = NO_EXTRAS, sha256: str | None = None, progress: Progress = silent
+    source: Path | Header, kept: Kept, *, extras: Extras = NO_EXTRAS, sha256: SourceCheck | str | None = None, progress: Progress = silent
 ) -> MemoryCut:
     """A cut of `source` in memory. Raises as `cut_gguf`; OutputError when there is not enough memory."""
-    return hold_plan(plan_cut(read_header(source), kept, extras), sha256=sha256, progress=progress)
+    return hold_plan(plan_cut(_header(source), kept, extras), sha256=sha256, progress=progress)
 
 
-def hold_plan(plan: CutPlan, *, sha256: str | None = None, progress: Progress = silent) -> MemoryCut:
+def hold_plan(plan: CutPlan, *, sha256: SourceCheck | str | None = None, progress: Progress = silent) -> MemoryCut:
     """What a plan describes, in memory. Raises as `cut_to_memory`."""
     with ExitStack() as undo:
         path, release = _memory_file(plan.nbytes) if hasattr(os, "memfd_create") else _temporary_file()
@@ -107,7 +106,7 @@ def hold_plan(plan: CutPlan, *, sha256: str | None = None, progress: Progress = 
         with _verified(plan.source, sha256):
             written = write_plan(plan, path, progress)
         undo.pop_all()
-    return MemoryCut(path, CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction), release)
+    return MemoryCut(path, CutResult(bytes=written, removed_fraction=plan.removed_fraction), release)
 
 
 def _memory_file(nbytes: int) -> tuple[Path, Callable[[], None]]:
@@ -121,6 +120,8 @@ def _memory_file(nbytes: int) -> tuple[Path, Callable[[], None]]:
 
 
 def _temporary_file() -> tuple[Path, Callable[[], None]]:
+    import tempfile
+
     handle, name = tempfile.mkstemp(prefix="edgeq-cut-", suffix=".gguf")
     os.close(handle)
     path = Path(name)
@@ -132,14 +133,18 @@ def _temporary_file() -> tuple[Path, Callable[[], None]]:
     return path, release
 
 
-def write_plan(plan: CutPlan, path: Path, progress: Progress = silent) -> Written:
-    """Write what a plan describes to `path`; a failed write leaves what it wrote. Raises as `cut_gguf`, but for the target's name."""
+def _header(source: Path | Header) -> Header:
+    return source if isinstance(source, Header) else read_header(source)
+
+
+def write_plan(plan: CutPlan, path: Path, progress: Progress = silent) -> int:
+    """Write what a plan describes to `path`, and return its size; a failed write leaves what it wrote. Raises as `cut_gguf`."""
     with _open(plan.source) as file:
         data = []
         for tensor in plan.tensors:
             chunks = tensor.chunks or partial(_prefix, file, plan.source, tensor)
             data.append(TensorData(tensor.layout.name, tensor.layout.shape, tensor.layout.grid, chunks))
-        return write_gguf(path, plan.fields, data, alignment=plan.alignment, progress=progress)
+        return write_gguf(path, plan.fields, data, alignment=plan.alignment, hashed=False, progress=progress).nbytes
 
 
 @contextmanager
@@ -193,29 +198,55 @@ class _Stopped(Exception):
     """The hashing thread's answer to being told to stop."""
 
 
-@contextmanager
-def _verified(path: Path, expected: str | None) -> Iterator[None]:
-    """Hash a file while the block runs; when it ends without an error, wait for the hash and compare. Raises PackageError."""
-    if expected is None:
-        yield
-        return
-    stopped = False
+class SourceCheck:
+    """The hash of a file, computed by a thread from now on, and compared with what it should be when someone waits for it.
 
-    def go_on(_: int) -> None:
-        if stopped:
+    with SourceCheck(path, expected) as check:
+        ...
+        check.wait()
+    """
+
+    def __init__(self, path: Path, expected: str) -> None:
+        self.path, self.expected = path, expected
+        self._stopped = False
+        self._pool = ThreadPoolExecutor(1)
+        self._digest = self._pool.submit(file_sha256, path, on_bytes=self._go_on)
+
+    def _go_on(self, _: int) -> None:
+        if self._stopped:
             raise _Stopped
 
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(file_sha256, path, on_bytes=go_on)
+    def wait(self) -> None:
+        """Raises PackageError for another hash, SourceError when the file cannot be read."""
         try:
-            yield
-            try:
-                found = digest.result()
-            except OSError as err:
-                raise SourceError(f"{path}: cannot be read: {err.strerror or err}. Copy the file again.") from err
-        finally:
-            stopped = True
-    if found != expected:
-        raise PackageError(
-            f"{path} does not match its hash ({found[:12]}, the package says {expected[:12]}): it is damaged. Copy the package again."
-        )
+            found = self._digest.result()
+        except OSError as err:
+            raise SourceError(f"{self.path}: cannot be read: {err.strerror or err}. Copy the file again.") from err
+        if found != self.expected:
+            raise PackageError(
+                f"{self.path} does not match its hash ({found[:12]}, the package says {self.expected[:12]}): it is damaged. "
+                "Copy the package again."
+            )
+
+    def close(self) -> None:
+        """Stop the thread, if it is still at work."""
+        self._stopped = True
+        self._pool.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+@contextmanager
+def _verified(path: Path, check: SourceCheck | str | None) -> Iterator[None]:
+    """Hash a file while the block runs, unless that is under way; when it ends without an error, wait for the hash and compare."""
+    if check is None:
+        yield
+        return
+    with ExitStack() as stack:
+        running = check if isinstance(check, SourceCheck) else stack.enter_context(SourceCheck(path, check))
+        yield
+        running.wait()

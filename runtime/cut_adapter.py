@@ -59,7 +59,7 @@ def cut_adapter(
     with staged_file(target, force=force, inputs=(source, base)) as stage:
         check_disk(target, plan.nbytes)
         written = write_plan(plan, stage, progress)
-    return CutResult(bytes=written.nbytes, sha256=written.sha256, removed_fraction=plan.removed_fraction)
+    return CutResult(bytes=written, removed_fraction=plan.removed_fraction)
 
 
 def cut_adapter_to_memory(source: Path, base: Path, kept: Kept, *, hidden: Hidden | None = None, progress: Progress = silent) -> MemoryCut:

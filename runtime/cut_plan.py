@@ -33,11 +33,11 @@ from edgeq.gguf_file import Header, TensorInfo, TensorLayout
 from edgeq.gguf_write import predicted_bytes
 from edgeq.grids import F32, Grid
 from edgeq.runtime.cut_rope import check_head_cut, head_factors, head_fields
-from edgeq.runtime.gguf_facts import LAYERED
 from edgeq.tensors import Bytes, Floats
 
 Dim = Literal["q", "kv", "ff"]  # n_heads * head_dim, n_kv_heads * head_dim, n_ff
 
+LAYERED = frozenset({"deci"})  # architectures with sizes per layer
 # Biases that the loader reads; any other tensor in a file is one too many for it.
 BIASES: Mapping[str, tuple[str, ...]] = {
     "deci": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),

@@ -10,19 +10,19 @@ artifact while it is cut. At rate 0 a cut is the artifact, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq.elastic import Kept, steps_for_bytes, steps_for_rate
-from edgeq.elastic_files import Elastic, read_elastic
+from edgeq.elastic_files import Elastic, check_is_elastic, read_elastic
 from edgeq.errors import PackageError
 from edgeq.gguf_file import Header, read_header
 from edgeq.package import MANIFEST, ArtifactRecord, Package, check_size, read_package
 from edgeq.progress import Progress, silent
 from edgeq.runtime.compensated import compensated, planned
-from edgeq.runtime.cut import CutResult, MemoryCut, cut_gguf, cut_to_memory
+from edgeq.runtime.cut import CutResult, MemoryCut, SourceCheck, cut_gguf, cut_to_memory
 from edgeq.runtime.cut_plan import Extras, cut_bytes, read_sizes
 
 
@@ -38,12 +38,13 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticPackage:
-    """An open elastic package. Sizes of its ladder are those of its artifact."""
+    """An open elastic package. Sizes of its ladder are those of its artifact. check: of the artifact's hash, if it is under way."""
 
     package: Package
     record: ArtifactRecord
     header: Header
     elastic: Elastic
+    check: SourceCheck | None = None
 
     @property
     def path(self) -> Path:
@@ -75,12 +76,13 @@ class ElasticPackage:
     def cut(self, size: Size, target: Path, *, force: bool = False, threads: int | None = None, progress: Progress = silent) -> CutResult:
         """Write a cut. Raises OutputError, PackageError and SourceError as `cut_gguf`, and as `compensated`; then nothing is written."""
         with self._extras(size, threads) as extras:
-            return cut_gguf(self.path, target, size.kept, extras=extras, sha256=self.record.sha256, force=force, progress=progress)
+            check = self.check or self.record.sha256
+            return cut_gguf(self.header, target, size.kept, extras=extras, sha256=check, force=force, progress=progress)
 
     def cut_to_memory(self, size: Size, *, threads: int | None = None, progress: Progress = silent) -> MemoryCut:
         """The same into memory."""
         with self._extras(size, threads) as extras:
-            return cut_to_memory(self.path, size.kept, extras=extras, sha256=self.record.sha256, progress=progress)
+            return cut_to_memory(self.header, size.kept, extras=extras, sha256=self.check or self.record.sha256, progress=progress)
 
     @contextmanager
     def _extras(self, size: Size, threads: int | None) -> Iterator[Extras]:
@@ -92,9 +94,21 @@ class ElasticPackage:
         return Size(rate=rate, removed_fraction=ladder.removed_fraction(n_steps), n_steps=n_steps, kept=ladder.kept(n_steps))
 
 
-def open_elastic(path: Path) -> ElasticPackage:
+@contextmanager
+def opened_to_cut(path: Path) -> Iterator[ElasticPackage]:
+    """`open_elastic` for one cut: the artifact is hashed on another thread from the beginning."""
+    with ExitStack() as stack:
+
+        def begin(artifact: Path, sha256: str) -> SourceCheck:
+            return stack.enter_context(SourceCheck(artifact, sha256))
+
+        yield open_elastic(path, begin)
+
+
+def open_elastic(path: Path, begin_check: Callable[[Path, str], SourceCheck] | None = None) -> ElasticPackage:
     """Open a package for cutting: its manifest, its side files checked against their hashes, and the header of its artifact.
 
+    begin_check: called with the artifact and its hash as soon as they are known.
     Raises PackageError for what is no elastic package, or a damaged one; SourceError and UnsupportedError as `read_sizes`.
     """
     if path.is_file():
@@ -103,11 +117,14 @@ def open_elastic(path: Path) -> ElasticPackage:
             "Give that folder, or export the model with --elastic."
         )
     package = read_package(path)
-    elastic = read_elastic(package)
+    check_is_elastic(package)
     record = package.artifacts[0]
-    header = read_header(check_size(package, record))
+    artifact = check_size(package, record)
+    check = None if begin_check is None else begin_check(artifact, record.sha256)
+    elastic = read_elastic(package)
+    header = read_header(artifact)
     check_fits(header, elastic)
-    return ElasticPackage(package=package, record=record, header=header, elastic=elastic)
+    return ElasticPackage(package=package, record=record, header=header, elastic=elastic, check=check)
 
 
 def check_elastic(package: Package) -> None:

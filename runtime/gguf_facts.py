@@ -15,13 +15,13 @@ from typing import Any
 from edgeq.errors import SourceError, UnsupportedError
 from edgeq.families import FAMILIES
 from edgeq.gguf_file import Header, TensorLayout, read_parts
+from edgeq.runtime.cut_plan import LAYERED
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 PARTIAL_ROTARY = frozenset({"phi3", "gemma3"})  # graphs that rotate the first n_rot dimensions of a head; the others want all
 WINDOWED = frozenset({"gemma3"})  # loaders that keep a smaller cache for layers with a sliding window; phi3 ignores its window
 DEFAULT_WINDOW_PATTERN = 6  # gemma3: every sixth layer looks back without limit
-LAYERED = frozenset({"deci"})  # sizes per layer
 ARCHITECTURES = frozenset({family.gguf_arch for family in FAMILIES} | LAYERED)
 
 

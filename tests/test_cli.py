@@ -356,6 +356,15 @@ def test_help_and_imports_load_nothing_heavy(code):
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_the_program_ends_with_the_status_and_runs_what_waits_for_the_end():
+    code = "import atexit, sys; atexit.register(print, 'the end'); sys.argv = ['edgeq', {}]; import edgeq.cli; edgeq.cli.program()"
+    for argument, status, said in (("--version", 0, "edgeq"), ("--nonsense", 2, "No such option")):
+        run = subprocess.run([sys.executable, "-c", code.format(repr(argument))], capture_output=True, text=True, check=False)
+        assert run.returncode == status
+        assert said in run.stdout + run.stderr
+        assert run.stdout.endswith("the end\n")
+
+
 def test_the_device_side_needs_no_export_library(package, tmp_path):
     """verify, bench, eval and run with torch and all that only an export needs made unimportable."""
     text = tmp_path / "t.txt"

@@ -106,7 +106,7 @@ class Builder:
         return model
 
     def _add(self, name: str, tensor: ir.TensorProtocol) -> None:
-        value = _value(name, tensor.dtype, list(tensor.shape))
+        value = _value(name, tensor.dtype, tensor.shape.numpy())
         value.const_value = tensor
         self._initializers[name] = value
 

@@ -192,7 +192,9 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda a: a.pop("noise"), r"elastic.npz cannot be read \(.*noise"),
         (lambda a: a["noise"].__setitem__(3, -1), r"some values are not finite, or a noise is negative"),
         (lambda a: a["mean"].__setitem__(3, np.nan), r"some values are not finite"),
-        (lambda a: a.update(mean=np.array([{}] * 160)), r"elastic.npz cannot be read"),
+        (lambda a: a["factors"].__setitem__(3, np.inf), r"some values are not finite"),
+        (lambda a: a.update(factors=np.asfortranarray(a["factors"])), r"elastic.npz cannot be read"),
+        (lambda a: a.update(mean=np.array([{}] * 160)), r"array mean is object \[160\], which does not fit the ladder"),
     ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:

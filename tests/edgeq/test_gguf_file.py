@@ -54,6 +54,20 @@ def test_equals_gguf_py_on_every_value_type(sample: Path) -> None:
     assert_equals_gguf_py(header, sample)
 
 
+@pytest.mark.parametrize("odd", ["plain", "", "a\0b", "\0" * 9, "x" * 255, "y" * 256, "z" * 70_000])
+@pytest.mark.parametrize("at", [0, 700, 1499])
+def test_long_lists_of_strings_end_where_gguf_py_says(tmp_path: Path, odd: str, at: int) -> None:
+    """Most lists are skipped at once; those with an empty, long or zero-bearing string are walked."""
+    tokens = [f"t{i}" for i in range(1500)]
+    tokens[at] = odd
+    keys = {"t.tokens": (gguf.GGUFValueType.ARRAY, tokens), "t.after": (gguf.GGUFValueType.UINT32, 7)}
+    path = write_with_gguf_py(tmp_path / "long.gguf", "llama", keys, TENSORS)
+    header = read_header(path)
+    assert list(header.value("t.tokens")) == tokens
+    assert header.value("t.after") == 7
+    assert_equals_gguf_py(header, path)
+
+
 def test_equals_gguf_py_on_the_demo_model() -> None:
     path = demo_file()
     header = read_header(path)

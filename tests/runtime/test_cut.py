@@ -118,7 +118,7 @@ def test_a_cut_in_every_grid_is_the_file_of_the_sliced_tensors(grid: Grid, tmp_p
     result = cut_gguf(source, tmp_path / "cut.gguf", kept)
     expected = made.write(tmp_path / "expected.gguf", kept).read_bytes()
     assert (tmp_path / "cut.gguf").read_bytes() == expected
-    assert (result.bytes, result.sha256) == (len(expected), hashlib.sha256(expected).hexdigest())
+    assert result.bytes == len(expected)
     assert cut_bytes(read_header(source), kept) == len(expected)
 
 

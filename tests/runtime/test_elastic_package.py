@@ -14,7 +14,7 @@ import pytest
 from tiny_elastic import N_FF, N_LAYERS, write_tiny_elastic
 
 from edgeq import ggml
-from edgeq.compensation import compensate, regression
+from edgeq.compensation import HiddenModel, compensate, regression
 from edgeq.elastic import Kept
 from edgeq.errors import MissingDependency, OutputError, PackageError, PlanError, SourceError
 from edgeq.gguf_file import read_header
@@ -22,7 +22,8 @@ from edgeq.grids import GRIDS
 from edgeq.package import record_files
 from edgeq.runtime import compensated as module
 from edgeq.runtime.compensated import compensated, planned
-from edgeq.runtime.elastic_package import check_elastic, open_elastic
+from edgeq.runtime.cut import cut_gguf
+from edgeq.runtime.elastic_package import ElasticPackage, check_elastic, open_elastic
 from edgeq.runtime.llama import LlamaContext, LlamaModel
 
 FOLDERS = ("F32", "F16", "Q8_0", "Q4_0")
@@ -95,8 +96,6 @@ def test_columns_that_are_not_merged_stay_as_they_are(packages: dict[str, Path],
     kept, small = Kept(n_ff=(64, 96, N_FF), n_kv=(2,) * N_LAYERS), tmp_path / "small.gguf"
     with compensated(elastic.header, elastic.elastic.hidden, kept, merged=frozenset()) as extras:
         assert not extras.replace
-        from edgeq.runtime.cut import cut_gguf
-
         cut_gguf(elastic.path, small, kept, extras=extras)
     for layer, n_ff in enumerate(kept.n_ff):
         down = values(elastic.path, f"blk.{layer}.ffn_down.weight")
@@ -108,21 +107,55 @@ def test_columns_that_are_not_merged_stay_as_they_are(packages: dict[str, Path],
         np.testing.assert_allclose(values(small, f"blk.{layer}.ffn_down.bias"), down[:, n_ff:] @ mean, atol=2e-5)
 
 
-def test_four_bits_are_rounded_with_how_much_channels_are_used(packages: dict[str, Path], tmp_path: Path) -> None:
-    elastic, small = open_elastic(packages["Q4_0"]), tmp_path / "small.gguf"
-    size = elastic.at_rate(0.2)
-    elastic.cut(size, small)
-    layer = min(range(N_LAYERS), key=lambda i: size.kept.n_ff[i])
-    n_ff, hidden = size.kept.n_ff[layer], elastic.elastic.hidden[layer]
-    columns, _ = compensate(values(elastic.path, f"blk.{layer}.ffn_down.weight"), hidden, n_ff)
-    used = np.square(hidden.mean) + hidden.noise + np.square(hidden.factors).sum(1)
-    weights = used[:n_ff].astype(np.float32)
-    expected = ggml.decode(ggml.encode(columns, GRIDS["Q4_0"], weights), GRIDS["Q4_0"], n_ff)
-    plain = ggml.decode(ggml.encode(columns, GRIDS["Q4_0"]), GRIDS["Q4_0"], n_ff)
-    found = values(small, f"blk.{layer}.ffn_down.weight")
-    error = ((found - columns) ** 2 * weights).sum()
-    assert error < ((plain - columns) ** 2 * weights).sum()
-    assert (np.abs(found - expected) > 1e-6).mean() < 0.01  # a value on a border may fall to either side
+def weaker(elastic: ElasticPackage) -> dict[int, HiddenModel]:
+    """Models of hidden activations that tell less of lost channels than the package's: columns then take on less than a step."""
+    return {
+        layer: HiddenModel(mean=model.mean, factors=model.factors / 20, noise=model.noise)
+        for layer, model in elastic.elastic.hidden.items()
+    }
+
+
+def cut_with(elastic: ElasticPackage, target: Path, hidden: dict[int, HiddenModel], n_ff: int) -> None:
+    kept = Kept(n_ff=(n_ff,) * N_LAYERS, n_kv=(2,) * N_LAYERS)
+    with compensated(elastic.header, hidden, kept) as extras:
+        cut_gguf(elastic.header, target, kept, extras=extras)
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "Q5_1"])
+def test_rows_that_move_far_are_packed_anew(name: str, tmp_path: Path) -> None:
+    elastic, small = open_elastic(write_tiny_elastic(tmp_path / "p", quant=name)), tmp_path / "small.gguf"
+    cut_with(elastic, small, dict(elastic.elastic.hidden), 96)
+    columns, _ = compensate(values(elastic.path, "blk.1.ffn_down.weight"), elastic.elastic.hidden[1], 96)
+    anew = ggml.decode(ggml.encode(columns, GRIDS[name]), GRIDS[name], 96)
+    same = np.isclose(values(small, "blk.1.ffn_down.weight"), anew, atol=1e-6).mean(1) > 0.98  # a value on a border may fall to either side
+    assert same.mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_codes_of_few_bits_move_within_their_blocks(name: str, tmp_path: Path) -> None:
+    elastic, small = open_elastic(write_tiny_elastic(tmp_path / "p", quant=name)), tmp_path / "small.gguf"
+    grid, layer, n_ff = GRIDS[name], 1, 96
+    cut_with(elastic, small, weak := weaker(elastic), n_ff)
+    hidden = weak[layer]
+    weight = f"blk.{layer}.ffn_down.weight"
+    before, found = values(elastic.path, weight), values(small, weight)
+    columns, _ = compensate(before, hidden, n_ff)
+
+    def error(rounded: np.ndarray) -> float:
+        """Mean square of what the layer's output is off by, but for its mean, which the bias holds."""
+        off = rounded - columns
+        return float(((off @ hidden.factors[:n_ff]) ** 2).sum() + (off**2 * hidden.noise[:n_ff]).sum())
+
+    assert error(found) < error(before[:, :n_ff])
+    assert error(found) < 1.2 * error(ggml.decode(ggml.encode(columns, grid), grid, n_ff))
+    blocks = [
+        np.frombuffer(path.read_bytes(), np.uint8, info.nbytes, info.offset).reshape(info.shape[0], -1, grid.block_bytes)
+        for path in (elastic.path, small)
+        for info in [read_header(path).tensors[weight]]
+    ]
+    scales = slice(0, 4 if name.endswith("1") else 2)
+    same = (blocks[1][..., scales] == blocks[0][:, : n_ff // 32, scales]).all((1, 2))
+    assert same.mean() > 0.95  # the others are rows that move far
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -141,7 +174,6 @@ def test_a_bias_that_is_there_stays_in(packages: dict[str, Path], tmp_path: Path
     """A cut of a cut adds to the biases of the first."""
     elastic = open_elastic(packages["F32"])
     first, second = (Kept(n_ff=(n,) * N_LAYERS, n_kv=(2,) * N_LAYERS) for n in (N_FF, 96))
-    from edgeq.runtime.cut import cut_gguf
     from edgeq.runtime.cut_plan import Extras
 
     bias = np.arange(64, dtype=np.float32)
@@ -227,7 +259,7 @@ def test_an_artifact_that_shrinks_while_it_is_read_leaves_nothing(tmp_path: Path
     package = write_tiny_elastic(tmp_path / "p", quant="Q8_0")
     elastic = open_elastic(package)
     os.truncate(elastic.path, elastic.path.stat().st_size // 2)
-    with pytest.raises(SourceError, match=r"ends at byte .*The file is truncated"):
+    with pytest.raises(SourceError, match=r"tiny.gguf: ended .* while it was read. Copy the file again"):
         elastic.cut(elastic.at_rate(0.2), tmp_path / "cut.gguf")
     kept = elastic.at_rate(0.2).kept
     with (
@@ -280,18 +312,16 @@ def test_the_input_and_existing_files_are_kept(packages: dict[str, Path], tmp_pa
     assert (tmp_path / "there.gguf").read_text() == "mine"
 
 
-def test_without_the_llama_library_float_files_are_cut_all_the_same(
-    packages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_most_files_are_cut_without_the_llama_library(packages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "llama_cpp" else found(name, *more))
     ggml.library.cache_clear()
     try:
-        for quant in ("F32", "F16"):
+        for quant in ("F32", "F16", "Q4_0"):
             elastic = open_elastic(packages[quant])
-            elastic.cut(elastic.at_rate(0.2), tmp_path / f"{quant}.gguf")
+            cut_with(elastic, tmp_path / f"{quant}.gguf", weaker(elastic), 96)
         elastic = open_elastic(packages["Q8_0"])
         with pytest.raises(MissingDependency, match=r"llama_cpp is not installed. Install it with: pip install 'edgeq\[llama\]'"):
             elastic.cut(elastic.at_rate(0.2), tmp_path / "cut.gguf")
