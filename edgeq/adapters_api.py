@@ -84,7 +84,8 @@ def convert_adapter(
     force: bool = False,
     progress: Progress = silent,
 ) -> WrittenAdapter:
-    """Write an adapter of any kind as a LoRA: a .gguf file for stock llama.cpp and the unsorted base, or a folder for PEFT.
+    """Write an adapter of any kind as a LoRA: a .gguf file for stock llama.cpp and the unsorted base, or a folder for PEFT. Or a sparse
+    one as an .eqpatch file, which a session applies to the base's own weights: the base is then a GGUF file in F16 or F32.
 
     format: of the numbers in a .gguf file; a folder has float32. adapter_rank: directions to take of nested adapters. approx_rank,
     approx_energy: replace changes of full rank by their best low-rank factors; without them such changes are refused. Raises
@@ -93,6 +94,8 @@ def convert_adapter(
     target = Path(output)
     model, adapter = _opened(path, base, rank=adapter_rank, other_base=other_base, progress=progress)
     _check_output(target, adapter, force=force)
+    if target.suffix == ".eqpatch":
+        return _write_patch(target, adapter, model, force=force)
     moments = _moments(model, progress) if approx_rank is not None or approx_energy is not None else None
     kept = _factors(target, adapter, model, approx_rank, approx_energy, moments)
     if target.suffix == ".gguf":
@@ -169,7 +172,7 @@ def _opened(path: str | Path, base: str | Path, *, rank: int | None, other_base:
 
 
 def _check_output(target: Path, adapter: Adapter, *, force: bool) -> None:
-    if target.suffix == ".gguf":
+    if target.suffix in (".gguf", ".eqpatch"):
         check_file_target(target, force=force, inputs=adapter.files)
     else:
         check_target(target, force=force, inputs=adapter.files)
@@ -197,6 +200,21 @@ def _write_gguf(target: Path, kept: KeptAdapter, model: Model, format: Format, *
         raise PlanError(f"adapters cannot be written in {format}; choose one of {', '.join(FORMATS)}")
     known = replace(kept, base_fingerprint=str(take_fingerprint(model.tensors)))
     write_lora(target, known, lower(model), grid=grid(format), force=force, progress=progress)
+
+
+def _write_patch(target: Path, adapter: Adapter, model: Model, *, force: bool) -> WrittenAdapter:
+    from edgeq.converters.adapters.patch_writer import patch_places
+    from edgeq.converters.gguf.lowering import lower
+    from edgeq.gguf_file import read_header
+    from edgeq.patch_file import write_patch
+
+    if model.format != "gguf" or len(model.files) != 1:
+        raise UsageError(
+            f"{target}: a patch is for one GGUF file in F16 or F32. Export the model with --fixed --quant F16, "
+            "and give that file as --base."
+        )
+    path = write_patch(target, patch_places(adapter, model, lower(model)), read_header(model.files[0]), force=force)
+    return WrittenAdapter(path=path, bytes=_size(path), modules={})
 
 
 def _moments(model: Model, progress: Progress) -> Importance:

@@ -60,9 +60,10 @@ def inspect(path: Path, base: str | None, as_json: bool, progress: Any) -> None:
 @json_option
 @with_progress
 def convert(path: Path, base: str, output: Path, as_json: bool, progress: Any, **settings: Any) -> None:
-    """Write the adapter at PATH, of any kind, as a LoRA.
+    """Write the adapter at PATH, of any kind, as a LoRA, or a sparse one as a patch.
 
-    A .gguf file is for stock llama.cpp with the unsorted base; adapters of an elastic package are written by `edgeq export`.
+    A .gguf file is for stock llama.cpp with the unsorted base; adapters of an elastic package are written by `edgeq export`. An
+    .eqpatch file changes single weights of the base, a GGUF file in F16 or F32, in a running session (`session.apply_patch`).
     """
     from edgeq import adapters_api, display
 

@@ -148,6 +148,8 @@ def show_written_adapter(written: WrittenAdapter) -> None:
     ranks = [int(module["rank"]) for module in written.modules.values()]
     before = [int(module["before"]) for module in written.modules.values()]
     out.print(f"Wrote {written.path}  {size(written.bytes)}", markup=False)
+    if not ranks:
+        return
     out.print(
         f"{len(ranks)} modules, rank {_span(before)} before, {_span(ranks)} now; lost of the change's energy: at most "
         f"{written.lost_energy:.2%} of a module"
