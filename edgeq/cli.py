@@ -250,8 +250,10 @@ def cut(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: a cut has threads of its own
     from edgeq import api
+    from edgeq.heap import keep_freed_memory
     from edgeq.sizes import size
 
+    keep_freed_memory()
     result = api.cut(package, output=output, rate=rate, budget=budget, adapter=adapter, force=force, progress=progress)
     if as_json:
         print_json(result.to_json())

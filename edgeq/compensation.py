@@ -44,11 +44,6 @@ class HiddenModel:
                 "do not describe the same channels. Export the package again."
             )
 
-    @property
-    def squares(self) -> Floats:
-        """E[h^2] of every channel, (n_ff,): what a quantizer weighs the columns of down_proj with."""
-        return np.square(self.mean) + self.noise + np.square(self.factors).sum(1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
@@ -64,7 +59,9 @@ class Regression:
     def columns(self, down: Floats) -> Floats:
         """Rows of down_proj (n, n_ff) as their kept columns (n, n_kept), which have taken on the lost ones."""
         kept = self.right.shape[1]
-        return down[:, :kept] + self.spread(self.taken(down[:, kept:]))
+        columns = self.spread(self.taken(down[:, kept:]))
+        columns += down[:, :kept]
+        return np.ascontiguousarray(columns)
 
     def taken(self, lost: Floats) -> Floats:
         """Lost columns (n, n_lost) as weights of factors, (n, rank)."""
