@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.converters.gguf.architectures import arch_for
-from edgeq.converters.gguf.lowering import FUSED, Lowered, laid_out
+from edgeq.converters.gguf.lowering import Lowered, laid_out
 from edgeq.deltas.adapter import Adapter
 from edgeq.deltas.delta import Delta, Sparse
 from edgeq.errors import UnsupportedError
-from edgeq.families import family
+from edgeq.families import FUSED, family
 from edgeq.model import Model
 from edgeq.patch_file import Sparse as Places
 from edgeq.tensors import from_values
@@ -62,7 +62,7 @@ class _Rows:
 
         self.factors = moved(np.ones(n_rows))
         self.at = np.empty(n_rows, dtype=np.int64)
-        self.at[np.rint(moved(np.arange(n_rows)) / self.factors).astype(np.int64)] = np.arange(n_rows)
+        self.at[np.rint(moved(np.arange(n_rows, dtype=np.float64)) / self.factors).astype(np.int64)] = np.arange(n_rows)
 
 
 def _sparse(adapter: Adapter, name: str) -> Sparse:
