@@ -12,8 +12,8 @@ _KEPT, _FROM_HEAP = 256 << 20, 32 << 20
 def keep_freed_memory() -> None:
     """Use freed memory again instead of giving it back, where the C library is glibc.
 
-    Otherwise every temporary array of more than a few hundred kB is fresh memory, whose pages the system has to clear one by one: a tenth of
-    the processor time of a cut.
+    Otherwise every temporary array of more than a few hundred kB is fresh memory, whose pages the system has to clear one by one: a tenth
+    of the processor time of a cut.
     """
     if sys.platform != "linux":
         return
