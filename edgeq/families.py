@@ -21,6 +21,9 @@ Activation = Literal["silu", "gelu_tanh"]
 ROLES = ("attn_norm", "wq", "wk", "wv", "wo", "q_norm", "k_norm", "post_attn_norm", "mlp_norm", "gate", "up", "down", "post_mlp_norm")
 LINEAR_ROLES = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 
+# Joined projections: the canonical roles whose rows lie one after another in one matrix.
+FUSED: Mapping[str, tuple[str, ...]] = {"wqkv": ("wq", "wk", "wv"), "gate_up": ("gate", "up")}
+
 # Hugging Face module names below `model.`, by canonical role. A row overrides what it spells differently.
 _HF = {
     "embed": "embed_tokens",

@@ -71,6 +71,10 @@ class GroupGrid(Grid):
     center: int
     order: bytes
 
+    @property
+    def is_float(self) -> bool:
+        return False  # whatever the number of columns
+
     def _decode(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         codes, scales, zeros = self.unpack(packed)
         if self.order:

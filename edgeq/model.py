@@ -50,6 +50,11 @@ class Tokenizer(Protocol):
         """On which input llama.cpp is known to give other ids with this vocabulary, in words; empty when there is none."""
         ...
 
+    @property
+    def folder(self) -> Path | None:
+        """Where its own files lie, in Hugging Face layout; None when it came out of a GGUF file."""
+        ...
+
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids. add_special: with the BOS/EOS the model expects; parse_special: text may spell special tokens."""
         ...

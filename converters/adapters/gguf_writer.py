@@ -24,10 +24,10 @@ from edgeq.base_fingerprint import GGUF_FIELD
 from edgeq.converters.adapters.keep import KeptAdapter
 from edgeq.converters.gguf.architectures import Arch, arch_for
 from edgeq.converters.gguf.encode import encode_rows
-from edgeq.converters.gguf.lowering import FUSED, Lowered, laid_out
+from edgeq.converters.gguf.lowering import Lowered, laid_out
 from edgeq.deltas.delta import Array, Factors, f64
 from edgeq.errors import PlanError, UnsupportedError
-from edgeq.families import family
+from edgeq.families import FUSED, family
 from edgeq.gguf_fields import Field
 from edgeq.gguf_write import TensorData, Written, predicted_bytes, write_gguf
 from edgeq.grids import F16, F32, Grid
@@ -151,8 +151,8 @@ def write_lora(
 
 
 def _tensors(pair: LoraPair, grid: Grid) -> Iterator[TensorData]:
-    balanced = pair if grid is F32 else _balanced(pair)
-    for half, values in (("a", balanced.a), ("b", balanced.b)):
+    even = pair if grid is F32 else balanced(pair)
+    for half, values in (("a", even.a), ("b", even.b)):
         own = grid if grid.fits(values.shape[1]) else F16
         name = f"{pair.name}.lora_{half}"
         shape = (values.shape[0], values.shape[1])
@@ -163,7 +163,7 @@ def _packed(values: Array, grid: Grid, name: str) -> list[Bytes]:
     return [encode_rows(np.ascontiguousarray(values, dtype=np.float32), grid, origin=name)]
 
 
-def _balanced(pair: LoraPair) -> LoraPair:
+def balanced(pair: LoraPair) -> LoraPair:
     """The same product, every direction of b of one order of magnitude."""
     a = pair.a.T if pair.flipped else pair.a
     size_a, size_b = np.abs(a).max(axis=1), np.abs(pair.b).max(axis=0)

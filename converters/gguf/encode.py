@@ -1,4 +1,4 @@
-"""Encoding float rows into ggml block types with ggml's own code (`edgeq.ggml`), in parallel.
+"""Encoding float rows into ggml block types with ggml's own code (`edgeq.ggml`), and into groups of other sizes, in parallel.
 
 That code releases the GIL, so a pool of threads keeps every core busy. Rows are independent of each other in every grid, therefore neither
 the number of threads nor the chunking changes a byte.
@@ -15,10 +15,11 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from edgeq import ggml
+from edgeq import ggml, nbits_encode
 from edgeq.errors import PlanError, ShapeError, SourceError
 from edgeq.grids import Grid
 from edgeq.group_grids import GroupGrid, recode, recodes
@@ -85,6 +86,8 @@ def _encode(values: Floats, grid: Grid, weights: Floats | None, origin: str) -> 
     """encode_rows with importance that is usable already."""
     grid.row_bytes(values.shape[1])  # a width that does not fit is the first thing to say
     check_finite(values, origin=origin)
+    if isinstance(grid, GroupGrid):
+        return nbits_encode.encode(values, grid, weights, origin=origin)
     return ggml.encode(values, grid, weights, origin=origin)
 
 
@@ -176,7 +179,8 @@ def usable_cores() -> int:
 
 
 def _regrid_error(values: Floats, packed: Bytes, grid: Grid, weights: Floats | None) -> RegridError:
-    lost = values - ggml.decode(packed, grid, values.shape[1])
+    decode = grid.decode if isinstance(grid, GroupGrid) else partial(ggml.decode, grid=grid)
+    lost = values - decode(packed, n_cols=values.shape[1])
     squared = np.einsum("ij,ij->j", lost, lost, dtype=np.float64)
     norm = np.einsum("ij,ij->j", values, values, dtype=np.float64)
     w = np.ones(len(norm)) if weights is None else weights.astype(np.float64)

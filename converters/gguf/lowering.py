@@ -31,15 +31,14 @@ from edgeq.converters.gguf.metadata import (
 from edgeq.converters.tokenizers.gguf import tokenizer_fields
 from edgeq.converters.tokenizers.llamacpp import general_name
 from edgeq.errors import ShapeError, SourceError, UnsupportedError
-from edgeq.families import GGUF_NAMES, LINEAR_ROLES, Family, family
+from edgeq.families import FUSED, GGUF_NAMES, LINEAR_ROLES, Family, family
 from edgeq.gguf_fields import Field
 from edgeq.grids import F32
 from edgeq.model import Model
 from edgeq.spec import Attention, ModelSpec
 from edgeq.tensors import Bytes, LazyTensor, as_float32, concat_rows, from_values, map_values, take_rows
 
-# Fused projections: role, its GGUF name and the canonical roles whose rows it joins. GGUF has no name of its own for gate_up.
-FUSED = {"wqkv": ("wq", "wk", "wv"), "gate_up": ("gate", "up")}
+# GGUF names of joined projections; it has none of its own for gate_up.
 _FUSED_NAMES = {"wqkv": GGUF_NAMES["wqkv"], "gate_up": GGUF_NAMES["up"]}
 
 

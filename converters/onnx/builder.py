@@ -10,12 +10,15 @@ node makes are called `<path>/output_0` and so on. Weights are lazy: `ir.LazyTen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from edgeq.converters.onnx.streamed import Streamed
+from edgeq.errors import PlanError
 
 MS = "com.microsoft"
 OPSETS = {"": 23, MS: 1}
@@ -26,19 +29,31 @@ Array = npt.NDArray[Any]
 
 
 class Builder:
-    """float_type: of activations and of whatever is not said otherwise (FLOAT or FLOAT16)."""
+    """float_type: of activations and of whatever is not said otherwise, FLOAT or FLOAT16. Raises PlanError for others."""
 
     def __init__(self, name: str, *, float_type: ir.DataType) -> None:
+        if float_type not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+            raise PlanError(f"graphs are written in FLOAT or FLOAT16, not {float_type.name}")
         self.float_type = float_type
         self._name = name
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._shared: dict[Hashable, tuple[ir.Value, ...]] = {}
+        self._graph: ir.Graph | None = None
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
         value = _value(name, dtype, shape)
         self._inputs.append(value)
+        return value
+
+    def optional(self, name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
+        """An input that need not be given. Its dimensions that have names are 0 then."""
+        value = self.input(name, dtype, shape)
+        empty = np.empty([dim if isinstance(dim, int) else 0 for dim in shape], dtype=dtype.numpy())
+        value.const_value = ir.tensor(empty, name=name)
+        self._initializers[name] = value
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> None:
@@ -79,7 +94,7 @@ class Builder:
     def constant(self, name: str, array: Array) -> ir.Value:
         """A small initializer; asked for twice by one name, it is made once."""
         if name not in self._initializers:
-            self._add(name, ir.tensor(np.ascontiguousarray(array), name=name))
+            self._add(name, ir.tensor(np.asarray(array, order="C"), name=name))
         return self._initializers[name]
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], Array]) -> ir.Value:
@@ -92,16 +107,38 @@ class Builder:
             self._add(name, ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False))
         return self._initializers[name]
 
+    def stream(self, name: str, dtype: ir.DataType, shape: Sequence[int], chunks: Callable[[], Iterable[Array]]) -> ir.Value:
+        """As `weight`, for values that come in pieces in row-major order, so that the whole is never in memory."""
+        if name not in self._initializers:
+            self._add(name, Streamed(name, dtype, shape, chunks))
+        return self._initializers[name]
+
+    def initializer(self, name: str) -> ir.Value:
+        """A weight or constant made before."""
+        return self._initializers[name]
+
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` gave for this key the first time: for nodes that several others read."""
+        return self.once_all(key, lambda: (make(),))[0]
+
+    def once_all(self, key: Hashable, make: Callable[[], tuple[ir.Value, ...]]) -> tuple[ir.Value, ...]:
+        """As `once`, for several values."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def model(self, *, metadata: Mapping[str, str] | None = None) -> ir.Model:
-        graph = ir.Graph(
-            self._inputs,
-            self._outputs,
-            nodes=self._nodes,
-            initializers=list(self._initializers.values()),
-            opset_imports=dict(OPSETS),
-            name=self._name,
-        )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="edgeq")
+        """What was built, and no more can be added. Asked again, the same graph with other metadata."""
+        if self._graph is None:
+            self._graph = ir.Graph(
+                self._inputs,
+                self._outputs,
+                nodes=self._nodes,
+                initializers=list(self._initializers.values()),
+                opset_imports=dict(OPSETS),
+                name=self._name,
+            )
+        model = ir.Model(self._graph, ir_version=IR_VERSION, producer_name="edgeq")
         model.metadata_props.update(metadata or {})
         return model
 
@@ -109,6 +146,12 @@ class Builder:
         value = _value(name, tensor.dtype, tensor.shape.numpy())
         value.const_value = tensor
         self._initializers[name] = value
+
+
+def shape_of(value: ir.Value) -> list[Dim]:
+    """Dimensions of a value whose shape was given, as numbers and names."""
+    assert value.shape is not None, f"{value.name}: its shape was not given"
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[Dim] | None) -> ir.Value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def made_spec(
 @dataclass(frozen=True)
 class MadeTokenizer:
     vocabulary: Vocabulary
+    folder: Path | None = None
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         return [0 for _ in text]
