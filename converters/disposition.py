@@ -9,27 +9,27 @@ Several adapters are alternatives to each other unless the user merges them, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from edgeq.adapter_plan import AdapterPlan, Disposition, Way, choose
 from edgeq.calibration import Importance, importance
-from edgeq.converters.adapters.keep import KeptAdapter, kept_factors
+from edgeq.converters.adapters.keep import KeptAdapter, kept_factors, lora_factors
 from edgeq.converters.adapters.open import adapter_tokenizer
 from edgeq.converters.adapters.request import AdapterWish, Mode
 from edgeq.converters.draft import Draft
 from edgeq.converters.gguf.encode import encode_tensor, usable_importance
-from edgeq.converters.gguf.lowering import FUSED
 from edgeq.deltas.adapter import Adapter
 from edgeq.deltas.delta import Factors, f64
 from edgeq.deltas.lora import LoRA
 from edgeq.deltas.merge import merged
 from edgeq.device_memory import TensorPlan
 from edgeq.errors import EdgeqError, UsageError
+from edgeq.families import FUSED
 from edgeq.footprint import MIB
 from edgeq.grids import F16, F32, Grid
 from edgeq.model import Model, Tokenizer
@@ -46,7 +46,11 @@ MEASURED_TOKENS = 256
 # of a busy machine takes 17.4 ms for a token, 25.9 with 210 pairs of rank 8 and 28.3 with rank 64: 50 and 63 % longer.
 MATRIX_SECONDS = PAIR_SECONDS = 20e-6
 
-DraftOf = Callable[[Model], Draft]
+
+class DraftOf(Protocol):
+    """A draft of a model. adapted: matrices that adapters beside it change, by canonical name without ".weight"."""
+
+    def __call__(self, model: Model, adapted: Collection[str] = ()) -> Draft: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,8 @@ def decide(
     if not adapters:
         return Decision(model=model, draft=draft_of(model))
     used = quick_importance(model, read_ids(), progress=progress)
-    drafts = _Drafts(model, draft_of, wish, used, device)
+    changed = {name.removesuffix(".weight") for adapter, _ in adapters for name, delta in adapter.deltas.items() if len(delta.shape) == 2}
+    drafts = _Drafts(model, draft_of, wish, used, device, frozenset(changed))
     plans = []
     for adapter, scale in adapters:
         merge, keep = drafts.ways(adapter, scale)
@@ -131,14 +136,24 @@ def quick_importance(model: Model, ids: Sequence[int], *, tokens: int = MEASURED
 class _Drafts:
     """What both ways come to, drafted when asked for."""
 
-    def __init__(self, model: Model, draft_of: DraftOf, wish: AdapterWish, used: Importance, device: DeviceProfile) -> None:
+    def __init__(
+        self,
+        model: Model,
+        draft_of: DraftOf,
+        wish: AdapterWish,
+        used: Importance,
+        device: DeviceProfile,
+        adapted: frozenset[str],
+    ) -> None:
         self._model, self._draft_of, self._wish, self._used, self._device = model, draft_of, wish, used, device
+        self._adapted = adapted
         self._base: Draft | None = None
         self._near: dict[str, KeptAdapter] = {}  # those that took a decomposition
 
     def base(self) -> Draft:
+        """With places for every adapter."""
         if self._base is None:
-            self._base = self._draft_of(self._model)
+            self._base = self._draft_of(self._model, self._adapted)
         return self._base
 
     def ways(self, adapter: Adapter, scale: float) -> tuple[Way, Way]:
@@ -169,7 +184,8 @@ class _Drafts:
         if adapter.name in self._near:
             return self._near[adapter.name]
         wish = self._wish
-        kept = kept_factors(adapter, self._model, rank=wish.approx_rank, energy=wish.approx_energy, moments=self._used)
+        factors = lora_factors if self.base().tied_apart else kept_factors
+        kept = factors(adapter, self._model, rank=wish.approx_rank, energy=wish.approx_energy, moments=self._used)
         if scale != 1.0:
             kept = replace(kept, factors={name: Factors(a=f.a, b=f.b * scale) for name, f in kept.factors.items()})
         if kept.lost:
@@ -200,8 +216,8 @@ class _Drafts:
 
 
 def factor_grid(plan: Plan) -> Grid:
-    """Of the numbers in an adapter's file: as fine as those of the weights, but no finer than F16 unless these are F32."""
-    return F32 if plan.quant == F32.name else F16
+    """Of the numbers in an adapter's file: as fine as those of the weights, but no finer than F16 unless these, or the cache, are F32."""
+    return F32 if F32.name in (plan.quant, plan.memory.kv_type.upper()) else F16
 
 
 def slowdown(n_bytes: int, n_pairs: int, plan: Plan, device: DeviceProfile) -> float:

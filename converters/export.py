@@ -7,20 +7,18 @@ Everything is written to a staging folder that gets its final name only when the
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeq.calibration import SORTING_TOKENS, Importance, importance, sorting_windows, split
+from edgeq.calibration import SORTING_TOKENS, Importance, importance, input_ranges, sorting_windows, split
 from edgeq.converters.adapters.request import NO_ADAPTERS, AdapterWish, open_adapters
-from edgeq.converters.disposition import decide, factor_grid
-from edgeq.converters.draft import AS_ALLOWED, RATES, Draft, Wish, draft_export, plan_export, refitted
-from edgeq.converters.gguf.carrier import write_model
-from edgeq.converters.gguf.lowering import lower
-from edgeq.converters.kept_files import KeptFile, merged_entry, write_kept
+from edgeq.converters.carriers import Artifact, Carrier, FormatWish, carrier_for
+from edgeq.converters.disposition import decide
+from edgeq.converters.draft import AS_ALLOWED, RATES, Draft, Wish
+from edgeq.converters.kept_files import KeptFile, merged_entry
 from edgeq.converters.records import fingerprint, hash_inputs, regrid_summary, rounding_faults, versions
 from edgeq.converters.sorted_model import pruned_model, sort_model, sorted_model
 from edgeq.converters.sources.resolve import open_model
@@ -28,9 +26,9 @@ from edgeq.elastic import MAX_RATE, CutSize
 from edgeq.elastic_files import write_elastic
 from edgeq.errors import SourceError
 from edgeq.gate import GateResult
-from edgeq.model import Model
+from edgeq.model import Model, Tokenizer
 from edgeq.output import check_disk, check_target, staged_folder
-from edgeq.package import ArtifactRecord, Package, read_package, record_files, write_manifest
+from edgeq.package import Package, read_package, record_files, write_manifest
 from edgeq.planning import Plan, check_ram, export_bytes, side_bytes, sorting_bytes
 from edgeq.profiles import load_profile
 from edgeq.progress import Progress, silent
@@ -45,7 +43,7 @@ HELD_BACK = 1  # windows of the calibration text that only the gate sees
 
 
 class Gate(Protocol):
-    """Compares a written artifact with its source. May write side files into the artifact's folder and returns their paths."""
+    """Compares a written artifact with its source. May write side files into the package's folder and returns their paths."""
 
     def __call__(self, artifact: Path, source: Source, progress: Progress) -> tuple[GateResult, Sequence[Path]]: ...
 
@@ -60,17 +58,21 @@ class CutSizes(Protocol):
 class Source:
     """What the gate compares with: for a pruned package the pruned model in float, else the model as it came.
 
-    stored: spec of the model in the order of the file, which may turn pairs of dimensions in another order than the source does.
-    held_back: windows of the calibration text that calibration did not see. elastic: the artifact's folder is a package that can be cut.
-    kept: adapters beside the artifact.
+    folder: of the package so far. tokenizer: the model's, as the artifact's runtime has it. stored: spec of the model in the order of the
+    file, which may turn pairs of dimensions in another order than the source does. held_back: windows of the calibration text that
+    calibration did not see. elastic: the folder is a package that can be cut. kept: adapters beside the artifact. rope_ctx: the context by
+    which LongRoPE chose its factors, where the file has them.
     """
 
     model: Model
+    folder: Path
+    tokenizer: Tokenizer
     stored: ModelSpec
     plan: Plan
     held_back: Sequence[Sequence[int]]
     elastic: bool = False
     kept: Sequence[KeptFile] = ()
+    rope_ctx: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ def export_package(
     profile: str | Path,
     gate: Gate | None,
     cut_sizes: CutSizes,
+    format: FormatWish = "auto",
     quant: str = "auto",
     wish: Wish = AS_ALLOWED,
     adapters: AdapterWish = NO_ADAPTERS,
@@ -130,6 +133,7 @@ def export_package(
     written and marked failed.
     """
     device = load_profile(profile)
+    carrier = carrier_for(format, device)
     text = read_calibration(calibration)
     base = open_model(model_ref, progress=progress)
     opened = open_adapters(adapters, base)
@@ -141,7 +145,7 @@ def export_package(
         opened,
         adapters,
         device,
-        lambda variant: draft_export(variant, device, quant, wish, n_ctx=n_ctx),
+        lambda variant, adapted=(): carrier.draft(variant, device, quant, wish, n_ctx=n_ctx, adapted=adapted),
         lambda: base.tokenizer.encode(text.text),
         progress=progress,
     )
@@ -164,44 +168,38 @@ def export_package(
         made = make(
             model,
             draft,
+            carrier,
             windows,
             checked,
-            lambda small: plan_export(lower(small, elastic=True), small, device, draft.plan.quant, n_ctx=n_ctx),
+            lambda small: carrier.plan(small, device, draft.plan.quant, n_ctx=n_ctx),
             progress=progress,
         )
         plan = made.plan
         used = made.importance if plan.needs_importance else None
         if plan.needs_importance and used is None:
             used = importance(Reference(made.model.spec, made.model.tensors), windows, progress=progress)
-        lowered = lower(made.model, elastic=draft.cuts is not None)
-        artifact = stage / artifact_name(model.name, plan.quant, draft.prune)
-        grids = {tensor.name: tensor.grid for tensor in plan.tensors}
-        written = write_model(artifact, lowered, grids, used, threads=threads, measure=True, progress=progress)
-        side_paths: list[Path] = []
+        ranges = input_ranges(Reference(made.model.spec, made.model.tensors), windows, progress=progress) if plan.needs_ranges else None
+        artifact = carrier.write(stage, made.model, device, draft, plan, used, ranges=ranges, threads=threads, progress=progress)
+        side_paths = list(artifact.side)
         if made.elastic is not None:
             found = made.elastic
             side_paths += write_elastic(stage, ladder=found.ladder, hidden=found.hidden, orders=found.orders, sort=draft.sort)
-        record = ArtifactRecord(path=artifact.name, format="gguf", bytes=written.nbytes, sha256=written.sha256)
-        kept = write_kept(
-            stage,
-            decided.kept,
-            base.spec,
-            made.model,
-            lowered,
-            made.elastic,
-            grid=factor_grid(plan),
-            base_sha256=record.sha256,
-            progress=progress,
-        )
+        kept = carrier.write_kept(stage, decided.kept, base.spec, made.model, draft, made.elastic, artifact, progress=progress)
         manifest: dict[str, Any] = {
             "status": "unverified",
-            "model": {"name": model.name, "family": model.spec.family, "architecture": lowered.arch, "tensors": len(lowered.tensors)},
+            "model": {
+                "name": model.name,
+                "family": model.spec.family,
+                "architecture": artifact.architecture,
+                "tensors": len(artifact.tensors),
+            },
             "source": {
                 "format": model.format,
                 "quantization": None if model.quantization is None else dict(model.quantization),
                 "files": [file.to_json() for file in inputs],
             },
             "export": {
+                "format": carrier.format,
                 "profile": device.name,
                 "quant": plan.quant,
                 "n_ctx": plan.memory.n_ctx,
@@ -213,16 +211,16 @@ def export_package(
                 "calibration": {**text.to_json(), "tokens": sum(map(len, (*windows, *checked)))} if used or draft.sort != "none" else None,
             },
             "plan": plan.to_json(),
-            "artifacts": [record.to_json()],
+            "artifacts": [record.to_json() for record in artifact.records],
             "side_files": _records(stage, side_paths),
-            "tokenizer": {**fingerprint(model.tokenizer.vocabulary), "differs": list(model.tokenizer.differs)},
+            "tokenizer": {**fingerprint(model.tokenizer.vocabulary), "differs": list(artifact.differs)},
             "adapters": [
                 *(merged_entry(one, adapter, progress) for one, adapter in decided.merged),
                 *(file.record.to_json() for file in kept),
             ],
-            "regrid": regrid_summary(written),
+            "regrid": regrid_summary(artifact.tensors, artifact.errors),
             "gate": None,
-            "tools": versions(),
+            "tools": versions(artifact.tools),
         }
         write_manifest(stage, manifest)  # a package from here on, as a device will find it
         if made.elastic is not None and draft.cuts is not None:
@@ -230,9 +228,9 @@ def export_package(
             manifest["elastic"] = {"max_rate": MAX_RATE, "sizes": sizes, "cuttable": draft.cuts.to_json()}
         verdict: GateResult | None = None
         if gate is not None:
-            source = Source(model=made.source, stored=made.model.spec, plan=plan, held_back=held_back, elastic=draft.elastic, kept=kept)
-            verdict, more_paths = gate(artifact, source, progress)
-            verdict = replace(verdict, failures=(*verdict.failures, *rounding_faults(written)))
+            source = _source(made, stage, artifact, draft, held_back, kept)
+            verdict, more_paths = gate(artifact.path, source, progress)
+            verdict = replace(verdict, failures=(*verdict.failures, *rounding_faults(artifact.tensors, artifact.errors)))
             manifest["status"] = "passed" if verdict.passed else "failed"
             manifest["side_files"] += _records(stage, more_paths)
             manifest["gate"] = verdict.to_json()
@@ -243,6 +241,7 @@ def export_package(
 def make(
     model: Model,
     draft: Draft,
+    carrier: Carrier,
     windows: Sequence[Sequence[int]],
     checked: Sequence[Sequence[int]],
     plan_pruned: Callable[[Model], Plan],
@@ -255,9 +254,25 @@ def make(
     found, used = sort_model(model, draft.cuts, draft.sort, windows, checked, progress=progress)
     if draft.elastic:
         whole = sorted_model(model, found)
-        return _Made(model=whole, source=model, plan=refitted(draft.plan, lower(whole, elastic=True)), elastic=found, importance=used)
-    small, removed = pruned_model(model, found, draft.prune)
+        return _Made(model=whole, source=model, plan=carrier.refit(draft.plan, whole), elastic=found, importance=used)
+    small, removed = pruned_model(model, found, draft.prune, down_bias=draft.down_bias)
     return _Made(model=small, source=small, plan=plan_pruned(small), removed_fraction=removed)
+
+
+def _source(
+    made: _Made, stage: Path, artifact: Artifact, draft: Draft, held_back: Sequence[Sequence[int]], kept: Sequence[KeptFile]
+) -> Source:
+    return Source(
+        model=made.source,
+        folder=stage,
+        tokenizer=artifact.tokenizer,
+        stored=made.model.spec,
+        plan=made.plan,
+        held_back=held_back,
+        elastic=draft.elastic,
+        kept=kept,
+        rope_ctx=artifact.rope_ctx,
+    )
 
 
 def _records(stage: Path, paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -290,9 +305,3 @@ def calibration_windows(ids: Sequence[int], n_ctx: int) -> tuple[list[list[int]]
     """Windows for the importance matrix, and those that only the gate sees. Shorter when the model's context or the text is short."""
     length = min(WINDOW, n_ctx, max(len(ids) // 4, MIN_WINDOW))
     return split(ids, length=length, count=WINDOWS, held_back=HELD_BACK)
-
-
-def artifact_name(model_name: str, quant: str, rate: float = 0.0) -> str:
-    """A file name that says what is in it: "smollm2-135m-instruct-Q4_0.gguf", with "-pruned25" before the end for a rate of 0.25."""
-    slug = re.sub(r"[^a-z0-9.]+", "-", model_name.lower()).strip("-.") or "model"
-    return f"{slug}-{quant}{f'-pruned{round(100 * rate)}' if rate else ''}.gguf"

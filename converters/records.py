@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib import metadata
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from edgeq.converters.gguf.carrier import Written
 from edgeq.converters.gguf.encode import RegridError
+from edgeq.device_memory import TensorPlan
 from edgeq.model import Vocabulary
 from edgeq.package import FileRecord, sha256
 from edgeq.progress import Progress
@@ -45,14 +45,14 @@ def fingerprint(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def regrid_summary(written: Written) -> dict[str, Any]:
+def regrid_summary(tensors: Sequence[TensorPlan], errors: Mapping[str, RegridError]) -> dict[str, Any]:
     """What changing grids lost, per kind of tensor and in `total`: relative squared error, plain and weighted by importance.
 
     Kinds that were copied, and a total of nothing, are left out. For a quantized source this is what is lost on top of its quantization.
     """
     by_role: dict[str, RegridError] = {}
-    for tensor in written.tensors:
-        error = written.errors.get(tensor.name)
+    for tensor in tensors:
+        error = errors.get(tensor.name)
         if error is not None:
             by_role[tensor.role] = by_role[tensor.role] + error if tensor.role in by_role else error
     if by_role:
@@ -60,14 +60,14 @@ def regrid_summary(written: Written) -> dict[str, Any]:
     return {role: {"relative": e.relative, "weighted_relative": e.weighted_relative} for role, e in by_role.items()}
 
 
-def rounding_faults(written: Written) -> list[str]:
+def rounding_faults(tensors: Sequence[TensorPlan], errors: Mapping[str, RegridError]) -> list[str]:
     """Tensors of which rounding kept next to nothing, as sentences: in a coarse format one lost tensor may hide in the logits."""
     return [
         f"{t.name}: rounding to {t.grid.name} lost {error.relative:.0%} of it (squared error relative to its values)"
-        for t in written.tensors
-        if (error := written.errors.get(t.name)) is not None and error.relative > MOST_LOST
+        for t in tensors
+        if (error := errors.get(t.name)) is not None and error.relative > MOST_LOST
     ]
 
 
-def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("edgeq", "gguf", "llama-cpp-python", "numpy", "torch")}
+def versions(tools: Sequence[str]) -> dict[str, str]:
+    return {name: metadata.version(name) for name in tools}

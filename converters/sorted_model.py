@@ -23,7 +23,6 @@ from edgeq.allocation import build_ladder
 from edgeq.axes import Index
 from edgeq.calibration import Importance
 from edgeq.compensation import Regression, regression
-from edgeq.converters.gguf.architectures import arch_for
 from edgeq.converters.gguf.cuttable import Cuttable, Freedom, cuttable, head_sizes
 from edgeq.converters.gguf.lowering import Lowered
 from edgeq.converters.gguf.mixes import finer_grid
@@ -180,17 +179,17 @@ def sorted_model(model: Model, found: Sorting) -> Model:
     return replace(model, spec=spec, tensors=tensors)
 
 
-def pruned_model(model: Model, found: Sorting, rate: float) -> tuple[Model, float]:
+def pruned_model(model: Model, found: Sorting, rate: float, *, down_bias: bool) -> tuple[Model, float]:
     """The sorted model cut to a rate and compensated in float, and the fraction of block parameters that went.
 
-    For the architecture of an elastic file: a layered one has biases for what lost channels do on average. Raises PlanError for a rate
-    that the ladder does not reach.
+    down_bias: whether the file to come has biases for what lost channels do on average. Raises PlanError for a rate that the ladder does
+    not reach.
     """
     n_steps = steps_for_rate(found.ladder, rate)
     kept = found.ladder.kept(n_steps)
     whole = sorted_model(model, found)
     spec, tensors = ports.cut(whole.spec, whole.tensors, kept)
-    adds_bias = "down" in arch_for(spec, elastic=True).rules.biases and any(block.layer in found.hidden for block in spec.mlps)
+    adds_bias = down_bias and any(block.layer in found.hidden for block in spec.mlps)
     for block in spec.mlps:
         name = f"layers.{block.layer}.down"
         whole_down, hidden = whole.tensors[f"{name}.weight"], found.hidden.get(block.layer)

@@ -18,6 +18,7 @@ from edgeq.errors import EdgeqError
 
 if TYPE_CHECKING:
     from edgeq.api import CutFile, ExportResult, Verification, bench, cut, evaluate, export, inspect, load, verify
+    from edgeq.encoder_api import export_encoder, load_embedder
 
 __all__ = [
     "CutFile",
@@ -29,17 +30,21 @@ __all__ = [
     "cut",
     "evaluate",
     "export",
+    "export_encoder",
     "inspect",
     "load",
+    "load_embedder",
     "verify",
 ]
+
+_MODULES = {"export_encoder": "edgeq.encoder_api", "load_embedder": "edgeq.encoder_api"}  # of names that are not in edgeq.api
 
 
 def __getattr__(name: str) -> Any:
     """Names of the API, when they are first used: cutting on a device starts without the rest."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("edgeq.api"), name)
+    value = getattr(import_module(_MODULES.get(name, "edgeq.api")), name)
     globals()[name] = value
     return value
 

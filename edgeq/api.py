@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgeq import encoder_api
 from edgeq.adapter_records import AdapterRecord, find_adapter, package_adapters
 from edgeq.errors import EdgeqError, MissingDependency, PlanError, SourceError, UnsupportedError, UsageError
-from edgeq.output import check_file_target, staged_file
-from edgeq.package import ArtifactRecord, Status, check_files, check_record, is_package, read_package, resolve_artifact
+from edgeq.output import check_file_target, check_target, staged_file
+from edgeq.package import MODEL_ONNX, ArtifactRecord, Status, check_files, check_record, is_package, read_package
 from edgeq.progress import Progress, silent
 from edgeq.sizes import parse_bytes
 
@@ -25,16 +27,20 @@ FINGERPRINT = "reference.npz"
 
 if TYPE_CHECKING:
     from edgeq.converters.adapters.request import Mode
+    from edgeq.converters.carriers import FormatWish
     from edgeq.converters.export import Gate, Source
     from edgeq.converters.kept_files import KeptFile
     from edgeq.elastic import CutSize
+    from edgeq.encoder_gate import EncoderGate
     from edgeq.gate import GateResult
     from edgeq.planning import Plan
+    from edgeq.reference import Reference
     from edgeq.runtime.bench import BenchResult
     from edgeq.runtime.elastic_package import ElasticPackage, Size
     from edgeq.runtime.quality import Evaluation
     from edgeq.runtime.session import Session
     from edgeq.spec import ModelSpec
+    from edgeq.tensors import LazyTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,7 @@ def export(
     *,
     profile: str | Path,
     output: str | Path | None = None,
+    format: FormatWish = "auto",
     quant: str = "auto",
     sort: Literal["edgeq", "uniql", "none"] | None = None,
     elastic: bool | None = None,
@@ -94,6 +101,7 @@ def export(
 ) -> ExportResult:
     """Export a model to a package folder for a device; see `edgeq export --help`. Needs edgeq[export].
 
+    format: "gguf", "onnx", or "auto" for what the profile's runtime reads.
     elastic: None makes the package elastic where the model can be cut; True insists, False makes it of one size. prune: cut that one size
     by this rate. sort: the order in which parts may go, "edgeq" by default where anything is cut.
     adapters: PATH[=NAME][:SCALE] each. adapter_mode: "merge" them into the weights, "keep" them beside these, or "auto", which decides by
@@ -112,6 +120,8 @@ def export(
 
     if output is None and not dry_run:
         raise UsageError("export needs an output folder, unless dry_run is set")
+    if encoder_api.is_encoder(model):
+        raise UsageError(f"{model} is an encoder, which embeds texts and generates none. Use edgeq.export_encoder.")
     start = time.monotonic()
     result = export_package(
         model,
@@ -119,6 +129,7 @@ def export(
         profile=profile,
         gate=_gate(threads) if verify else None,
         cut_sizes=_cut_sizes,
+        format=format,
         quant=quant,
         wish=Wish(elastic=elastic, sort=sort, prune=prune),
         adapters=AdapterWish(
@@ -150,15 +161,13 @@ def export(
 
 
 def _gate(threads: int | None) -> Gate:
-    """The gate as the export pipeline calls it: llama.cpp in a child process against the torch reference.
+    """The gate as the export pipeline calls it: the artifact's runtime in a child process against the torch reference.
 
     Where weights were rounded, the artifact is also compared with the reference on its own weights: that finds what the loss of a
     coarse grid would hide. Over the passages only, which saves half of the second pass. So is a cut of an elastic artifact.
     """
-    from edgeq.converters.sources.gguf import read_gguf_model
     from edgeq.gate import thresholds_for
     from edgeq.gate_prompts import gate_windows, passage_windows
-    from edgeq.ports import widened
     from edgeq.reference import Reference
     from edgeq.reference_scores import TorchScores
     from edgeq.runtime.fingerprint import make_fingerprint
@@ -166,31 +175,45 @@ def _gate(threads: int | None) -> Gate:
 
     def prove(artifact: Path, source: Source, progress: Progress) -> tuple[GateResult, Sequence[Path]]:
         model, n_ctx = source.model, min(source.model.spec.n_ctx, source.plan.memory.n_ctx)
-        windows = gate_windows(model.tokenizer, source.held_back, n_ctx=n_ctx)
-        scores = TorchScores(Reference(model.spec, model.tensors), windows, progress=progress)
+        windows = gate_windows(source.tokenizer, source.held_back, n_ctx=n_ctx)
+        scores = TorchScores(Reference(model.spec, model.tensors), windows, n_ctx=source.rope_ctx, progress=progress)
         matrices = [tensor for tensor in source.plan.tensors if len(tensor.shape) == 2]
         encoded = [tensor.grid for tensor in matrices if tensor.action == "encode"]
         thresholds = thresholds_for(encoded, copied=[tensor.grid for tensor in matrices if tensor.action == "copy"])
         own = None
         if any(not grid.is_float for grid in encoded):
-            held = read_gguf_model(artifact)
-            turns_whole = held.spec.rope.dim == held.spec.attention[0].head_dim
-            spec = widened(source.stored, {})[0] if turns_whole else source.stored  # not the file's own: that may be what is wrong
-            rounded = Reference(spec, held.tensors)
-            passages = passage_windows(model.tokenizer, n_ctx=n_ctx)
-            own_scores = TorchScores(rounded, passages, n_ctx=scores.n_ctx, progress=progress)
+            passages = passage_windows(source.tokenizer, n_ctx=n_ctx)
+            own_scores = TorchScores(_as_written(artifact, source.stored), passages, n_ctx=scores.n_ctx, progress=progress)
             own = (own_scores, thresholds_for((), copied=[tensor.grid for tensor in matrices]))
-        verdict = run_gate(artifact, scores, tokenizer=model.tokenizer, thresholds=thresholds, own=own, threads=threads, progress=progress)
-        passages = passage_windows(model.tokenizer, n_ctx=n_ctx) if source.kept else []
+        tokenizer = source.tokenizer
+        verdict = run_gate(artifact, scores, tokenizer=tokenizer, thresholds=thresholds, own=own, threads=threads, progress=progress)
+        passages = passage_windows(tokenizer, n_ctx=n_ctx) if source.kept else []
         for kept in source.kept:
             verdict = _prove_kept(verdict, artifact, kept, passages, threads=threads, progress=progress)
         if source.elastic and verdict.passed:
             verdict = _prove_cut(verdict, artifact, source, threads=threads, progress=progress)
-        fingerprint = artifact.parent / FINGERPRINT
-        make_fingerprint(scores, tokenizer=model.tokenizer, thresholds=thresholds).save(fingerprint)
+        fingerprint = source.folder / FINGERPRINT
+        make_fingerprint(scores, tokenizer=tokenizer, thresholds=thresholds).save(fingerprint)
         return verdict, [fingerprint]
 
     return prove
+
+
+def _as_written(artifact: Path, spec: ModelSpec) -> Reference:
+    """The reference on the weights that an artifact holds. spec: of the model in the file's order, and not the file's own, which may be
+    what is wrong."""
+    from edgeq.ports import widened
+    from edgeq.reference import Reference
+
+    if artifact.suffix == ".onnx":
+        from edgeq.converters.onnx.read import read_weights
+
+        return Reference(spec, read_weights(artifact, spec))
+    from edgeq.converters.sources.gguf import read_gguf_model
+
+    held = read_gguf_model(artifact)
+    turns_whole = held.spec.rope.dim == held.spec.attention[0].head_dim
+    return Reference(widened(spec, {})[0] if turns_whole else spec, held.tensors)
 
 
 def _prove_kept(
@@ -222,12 +245,29 @@ def _sizes(spec: ModelSpec) -> list[tuple[int, ...]]:
     return [(b.layer, b.n_ff) if isinstance(b, Mlp) else (b.layer, b.n_heads, b.n_kv_heads, b.head_dim) for b in spec.blocks]
 
 
+def _cut_model(cut: Path, spec: ModelSpec) -> tuple[ModelSpec, Mapping[str, LazyTensor]]:
+    """What a cut holds. spec: of it, as the ladder has it; a GGUF file says by itself, and is believed."""
+    if cut.suffix != ".onnx":
+        from edgeq.converters.sources.gguf import read_gguf_model
+
+        left = read_gguf_model(cut)
+        return left.spec, left.tensors
+    from edgeq.converters.onnx.read import read_weights
+    from edgeq.runtime.onnx_cut_plan import projections
+    from edgeq.runtime.onnx_file import read_onnx
+
+    file = read_onnx(cut)
+    names = {tensor.name for tensor in file.proto.graph.initializer}
+    if any(p.kind == "down_proj" and f"{name}.Add.bias" in names for name, p in projections(file).items()):
+        spec = replace(spec, biases=spec.biases | {"down"})
+    return spec, read_weights(cut, spec)
+
+
 PROVEN_RATE = 0.25  # of the cut that the gate tries
 
 
 def _prove_cut(verdict: GateResult, artifact: Path, source: Source, *, threads: int | None, progress: Progress) -> GateResult:
-    """Cut the package as a device will, and compare llama.cpp's outputs with the reference on what the cut holds."""
-    from edgeq.converters.sources.gguf import read_gguf_model
+    """Cut the package as a device will, and compare its runtime's outputs with the reference on what the cut holds."""
     from edgeq.gate import Fidelity, thresholds_for
     from edgeq.gate_prompts import passage_windows
     from edgeq.ports import with_sizes
@@ -237,19 +277,22 @@ def _prove_cut(verdict: GateResult, artifact: Path, source: Source, *, threads: 
     from edgeq.runtime.verify import run_gate
 
     model, n_ctx = source.model, min(source.model.spec.n_ctx, source.plan.memory.n_ctx)
-    package, cut = open_elastic(artifact.parent), artifact.parent / "proof.gguf"
+    package, target = open_elastic(source.folder), source.folder / ("proof" if artifact.suffix == ".onnx" else "proof.gguf")
     size = package.at_rate(PROVEN_RATE)
     thresholds = thresholds_for((), copied=[tensor.grid for tensor in source.plan.tensors if len(tensor.shape) == 2])
     try:
-        package.cut(size, cut, threads=threads)
-        left = read_gguf_model(cut)
-        passages = passage_windows(model.tokenizer, n_ctx=n_ctx)
-        scores = TorchScores(Reference(left.spec, left.tensors), passages, progress=progress)
-        found = run_gate(cut, scores, tokenizer=model.tokenizer, thresholds=thresholds, threads=threads, progress=progress)
+        package.cut(size, target, threads=threads)
+        cut = target / MODEL_ONNX if target.is_dir() else target
+        spec, tensors = _cut_model(cut, with_sizes(source.stored, size.kept))
+        passages = passage_windows(source.tokenizer, n_ctx=n_ctx)
+        scores = TorchScores(Reference(spec, tensors), passages, progress=progress)
+        found = run_gate(cut, scores, tokenizer=source.tokenizer, thresholds=thresholds, threads=threads, progress=progress)
     finally:
-        cut.unlink(missing_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
     failures = list(found.failures)
-    if _sizes(left.spec) != _sizes(with_sizes(model.spec, size.kept)):
+    if _sizes(spec) != _sizes(with_sizes(model.spec, size.kept)):
         failures.append("it has other sizes than its ladder says")
     fidelity = None
     if found.kl_mean is not None and found.kl_p99 is not None and found.top1_agreement is not None:
@@ -297,9 +340,11 @@ def cut(
 ) -> CutFile:
     """Cut an elastic package to a stock GGUF file, by a rate or to a budget of bytes (a number, or text like "70MB"). Needs no torch.
 
-    adapter: also cut this adapter of the package, by name, or a GGUF adapter of its artifact, by path; "small.gguf" gets
-    "small-NAME.lora.gguf" beside it, on which the budget does not count.
-    Raises UsageError unless exactly one of rate and budget is given, and for an output that is no .gguf file; PlanError for a rate
+    A package in ONNX is cut to a folder; the budget is for its graph and weights.
+    adapter: also cut this adapter of the package, by name, or another adapter of its artifact, by path; "small.gguf" gets
+    "small-NAME.lora.gguf" beside it, and the folder "small" gets "small-NAME.onnx_adapter", on which the budget does not count.
+    Raises UsageError unless exactly one of rate and budget is given, and for an output whose name is not that of a .gguf file or a folder
+    as the package has it; PlanError for a rate
     outside 0 to 0.35, a budget below the smallest cut, or a cut that leaves nothing of the adapter; AdapterError for one that is not the
     package's; PackageError for what is no elastic package, or a damaged one; OutputError
     when the output exists, is an input, or cannot be written. Then nothing is left under the output's name.
@@ -310,10 +355,15 @@ def cut(
     if (rate is None) == (budget is None):
         raise UsageError("a cut needs either a rate or a budget: give one of --rate and --budget.")
     target = Path(output)
-    if target.suffix != ".gguf":
-        raise UsageError(f"{target}: a cut is a GGUF file; give a name that ends in .gguf.")
     with opened_to_cut(Path(package)) as elastic:
-        check_file_target(target, force=force, inputs=elastic.files)
+        if elastic.path.suffix == ".onnx":
+            if target.suffix in (".gguf", ".onnx"):
+                raise UsageError(f"{target}: a cut of an ONNX package is a folder; give a name without {target.suffix}.")
+            check_target(target, force=force, inputs=elastic.files)
+        elif target.suffix != ".gguf":
+            raise UsageError(f"{target}: a cut is a GGUF file; give a name that ends in .gguf.")
+        else:
+            check_file_target(target, force=force, inputs=elastic.files)
         if rate is not None:
             size = elastic.at_rate(rate)
         else:
@@ -338,11 +388,9 @@ def cut(
 
 def _cut_adapter(elastic: ElasticPackage, adapter: str, size: Size, target: Path, *, force: bool) -> Path:
     """Cut an adapter as its base will be, and return where it is."""
-    from edgeq.runtime.cut_adapter import cut_adapter
-
     name, source = find_adapter(elastic.package, adapter)
-    beside = target.with_name(f"{target.stem}-{name}.lora.gguf")
-    cut_adapter(source, beside, elastic.path, size.kept, hidden=elastic.elastic.hidden, force=force)
+    beside = target.with_name(f"{target.stem}-{name}{elastic.adapter_suffix}")
+    elastic.cut_adapter(source, beside, size, force=force)
     return beside
 
 
@@ -353,7 +401,7 @@ class Verification:
     package: Path
     files: int
     status: Status
-    gate: GateResult | None
+    gate: GateResult | EncoderGate | None
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -387,6 +435,9 @@ def verify(package: str | Path, *, threads: int | None = None, progress: Progres
     from edgeq.runtime.gguf_facts import read_facts
 
     opened = read_package(Path(package))
+    if encoder_api.is_encoder_package(opened):
+        files, found = encoder_api.verify_encoder(opened, threads=threads, progress=progress)
+        return Verification(package=opened.folder, files=files, status=opened.status, gate=found)
     adapters = package_adapters(opened).values()
     total = sum(record.bytes for record in (*opened.artifacts, *opened.side_files, *adapters))
     done = 0
@@ -422,11 +473,12 @@ def evaluate(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of a package or GGUF file on a UTF-8 text file; the definition is in `edgeq.runtime.quality`.
+    """Perplexity of a package, GGUF file or ONNX folder on a UTF-8 text file; the definition is in `edgeq.runtime.quality`.
 
     rate: score a cut of an elastic package, made in memory. adapter: with this adapter of the package, by name, or a GGUF adapter by path;
     it is cut alike.
     """
+    from edgeq.runtime.engine import open_artifact
     from edgeq.runtime.quality import perplexity
 
     path = Path(text)
@@ -437,11 +489,10 @@ def evaluate(
     except OSError as err:
         raise SourceError(f"{path}: cannot be read ({err.strerror}).") from err
     settings: dict[str, Any] = {"ctx": ctx, "chunks": chunks, "threads": threads, "progress": progress}
-    whole, package = resolve_artifact(Path(artifact))
+    whole, package = open_artifact(Path(artifact))
     beside = None if adapter is None else find_adapter(package, adapter)[1]
     if rate is None:
         return perplexity(whole, content, adapter=beside, **settings)
-    from edgeq.runtime.cut_adapter import cut_adapter_to_memory
     from edgeq.runtime.elastic_package import open_elastic
 
     elastic = open_elastic(Path(artifact))
@@ -449,8 +500,7 @@ def evaluate(
     with ExitStack() as cuts:
         small = cuts.enter_context(elastic.cut_to_memory(size))
         if beside is not None:
-            left = cut_adapter_to_memory(beside, elastic.path, size.kept, hidden=elastic.elastic.hidden)
-            beside = cuts.enter_context(left).path
+            beside = cuts.enter_context(elastic.cut_adapter_to_memory(beside, size)).path
         return perplexity(small.path, content, adapter=beside, **settings)
 
 
@@ -468,7 +518,7 @@ def bench(
     force: bool = False,
     progress: Progress = silent,
 ) -> list[BenchResult]:
-    """Measure packages or GGUF files in turns; the metrics are defined in `edgeq.runtime.bench`. Needs edgeq[llama].
+    """Measure packages, GGUF files and ONNX folders in turns; see `edgeq.runtime.bench`. Needs edgeq[llama] or edgeq[onnx].
 
     rates: measure elastic packages at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter by path.
     output: also write the results to this JSON file; an existing one is kept
@@ -509,7 +559,7 @@ def load(
     kv_type: str | None = None,
     device: str = "cpu",
 ) -> Session:
-    """Load a package or GGUF file for generation; see `edgeq.runtime.session`. Needs edgeq[llama].
+    """Load a package, GGUF file or ONNX folder for generation; see `edgeq.runtime.session`. Needs edgeq[llama] or edgeq[onnx].
 
     rate: cut an elastic package in memory; "auto" takes the smallest rate that fits the memory free now. adapter: an adapter of the package
     by name, or a GGUF adapter by path, or several with their scales. adapter_budget: bytes that adapters may take in memory, 256 MiB by
@@ -533,12 +583,22 @@ def load(
 
 
 def inspect(ref: str | Path) -> dict[str, Any]:
-    """Describe a package, a GGUF file or a model, reading no weights. Models other than GGUF files need edgeq[export]."""
+    """Describe a package, a GGUF file, an ONNX folder or a model, reading no weights.
+
+    Models in Hugging Face layout need edgeq[export], ONNX folders edgeq[onnx].
+    """
     from edgeq.inspection import describe_gguf, describe_model, describe_package
 
     path = Path(ref)
     if is_package(path):
-        return describe_package(read_package(path))
+        package = read_package(path)
+        return encoder_api.describe_encoder_package(package) if encoder_api.is_encoder_package(package) else describe_package(package)
+    if encoder_api.describes_encoder(path):
+        return encoder_api.describe_encoder(path)
+    if path.suffix == ".onnx" or (path / MODEL_ONNX).is_file():
+        from edgeq.runtime.onnx_describe import describe_onnx
+
+        return describe_onnx(path / MODEL_ONNX if path.is_dir() else path)
     if path.is_file():
         return describe_gguf(path, _cuttable_gguf(path))
     from edgeq.converters.sources.resolve import open_model

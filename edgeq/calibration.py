@@ -28,6 +28,8 @@ SORTING_TOKENS = SORTING_LENGTH * (SORTING_WINDOWS + SORTING_HELD_BACK)
 SORTING_LEAST = 4
 SORTING_SHORTEST = 32
 
+_BROKEN = "Check the checkpoint, or download it again"
+
 _LINEARS: Mapping[Point, tuple[str, ...]] = {
     "attn_in": ("wq", "wk", "wv"),
     "attn_out": ("wo",),
@@ -60,10 +62,7 @@ class InputSquares:
             names = [role if layer is None else f"layers.{layer}.{role}" for role in _LINEARS[point]]
             mean = (total / n_tokens).to(torch.float32).cpu().numpy()
             if not np.isfinite(mean).all():
-                raise SourceError(
-                    f"{names[0]}: its input is NaN or infinite in calibration, so a weight before it is broken. "
-                    "Check the checkpoint, or download it again"
-                )
+                raise SourceError(f"{names[0]}: its input is NaN or infinite in calibration, so a weight before it is broken. {_BROKEN}")
             means |= dict.fromkeys(names, mean)
         return means
 
@@ -79,6 +78,28 @@ def importance(reference: Reference, windows: Sequence[Sequence[int]], *, progre
     squares = InputSquares()
     reference.hidden(windows, observe=squares.add, step="calibrate", progress=progress)
     return squares.importance()
+
+
+Ranges = Mapping[str, tuple[float, float]]  # least and greatest input, by linear
+
+
+def input_ranges(reference: Reference, windows: Sequence[Sequence[int]], *, progress: Progress = silent) -> Ranges:
+    """Run the windows and find the least and the greatest input of every linear. Raises as `importance`."""
+    if not windows:
+        raise UsageError("no calibration windows: give a text of at least one window")
+    found: dict[str, tuple[float, float]] = {}
+
+    def observe(layer: int | None, point: Point, x: torch.Tensor) -> None:
+        for role in _LINEARS.get(point, ()):
+            name = role if layer is None else f"layers.{layer}.{role}"
+            low, high = float(x.min()), float(x.max())
+            if not np.isfinite([low, high]).all():
+                raise SourceError(f"{name}: its input is NaN or infinite in calibration, so a weight before it is broken. {_BROKEN}")
+            least, greatest = found.get(name, (low, high))
+            found[name] = min(low, least), max(high, greatest)
+
+    reference.hidden(windows, observe=observe, step="calibrate", progress=progress)
+    return found
 
 
 def windows_of(tokens: Sequence[int], *, length: int, count: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ import click
 
 from edgeq import __version__
 from edgeq.cli_adapters import adapters
+from edgeq.cli_embed import embed, export_encoder
 from edgeq.cli_parts import FILE, PATH, json_option, print_json, with_progress
 from edgeq.errors import EdgeqError
 
@@ -112,11 +113,19 @@ def cli() -> None:
 @click.option("-o", "--output", type=PATH, help="Package folder to write. Required unless --dry-run.")
 @click.option("--profile", required=True, metavar="NAME", help="Device to export for: a name from `edgeq profiles list`, or a .toml file.")
 @click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["gguf", "onnx", "auto"]),
+    default="auto",
+    show_default=True,
+    help="GGUF for llama.cpp, ONNX for ONNX Runtime; auto is for the profile's runtime.",
+)
+@click.option(
     "--quant",
     default="auto",
     show_default=True,
     metavar="TYPE",
-    help="Number format, e.g. Q4_0, Q4_K_M, F16; auto lets the profile choose.",
+    help="Number format, e.g. Q4_0, Q4_K_M, F16, for ONNX int4, int8, fp16; auto lets the profile choose.",
 )
 @click.option(
     "--elastic/--fixed",
@@ -169,6 +178,7 @@ def export(
     model: str,
     output: Path | None,
     profile: str,
+    file_format: Literal["gguf", "onnx", "auto"],
     quant: str,
     elastic: bool | None,
     sort: Literal["edgeq", "uniql", "none"] | None,
@@ -190,20 +200,31 @@ def export(
 ) -> None:
     """Turn MODEL into a package for a device, and prove it.
 
-    Plans number formats from the profile, sorts what can be cut, calibrates, quantizes, writes a GGUF file for stock llama.cpp, then
-    compares the file's outputs, and those of a cut of it, with the model's. A failed gate marks the package as failed and exits 1.
+    Plans number formats from the profile, sorts what can be cut, calibrates, quantizes, writes a GGUF file for stock llama.cpp or a
+    folder for stock ONNX Runtime, then compares its outputs, and those of a cut of it, with the model's. A failed gate marks the
+    package as failed and exits 1.
 
     Adapters go into the weights before these are quantized, or beside them as files that llama.cpp loads; either way the outputs are
     compared with those of the float model that has them.
     """
     from edgeq import api, display
+    from edgeq.encoder_api import is_encoder
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output' (only --dry-run goes without).")
+    if is_encoder(model):
+        settings: dict[str, Any] = {"profile": profile, "output": output, "quant": quant, "calibration": calibration}
+        settings |= {"dry_run": dry_run, "verify": not no_verify, "force": force, "threads": threads}
+        others = {"--elastic/--fixed": elastic is not None, "--sort": sort is not None, "--prune": prune > 0, "--adapter": bool(adapters)}
+        others |= {"--adapters": adapter_mode is not None, "--adapter-rank": adapter_rank is not None, "--ctx": n_ctx is not None}
+        others |= {"--approx-rank": approx_rank is not None, "--approx-energy": approx_energy is not None, "--other-base": other_base}
+        export_encoder(model, settings, others=others, file_format=file_format, as_json=as_json, progress=progress)
+        return
     result = api.export(
         model,
         output=output,
         profile=profile,
+        format=file_format,
         quant=quant,
         sort=sort,
         elastic=elastic,
@@ -234,7 +255,7 @@ def export(
 
 @cli.command()
 @click.argument("package", type=PATH)
-@click.option("-o", "--output", type=PATH, required=True, help="GGUF file to write.")
+@click.option("-o", "--output", type=PATH, required=True, help="GGUF file or ONNX folder to write.")
 @click.option("--rate", type=float, help="Fraction of block parameters to remove, 0 to 0.35.")
 @click.option("--budget", metavar="SIZE", help="Largest file that will do, e.g. 70MB, 64MiB or a number of bytes.")
 @click.option("--adapter", metavar="NAME", help="Cut this adapter of the package too; it is written beside the file.")
@@ -244,9 +265,10 @@ def export(
 def cut(
     package: Path, output: Path, rate: float | None, budget: str | None, adapter: str | None, force: bool, as_json: bool, progress: Any
 ) -> None:
-    """Cut an elastic package to a smaller stock GGUF file, by a rate or to a budget.
+    """Cut an elastic package to a smaller stock GGUF file or ONNX folder, by a rate or to a budget.
 
-    Needs no torch. The package is checked against its hashes while it is read. Rate 0 is the package's own artifact.
+    A package in ONNX is cut to a folder; its budget is for graph and weights, without the tokenizer. Needs no torch. The package is
+    checked against its hashes while it is read. Rate 0 is the package's own artifact.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: a cut has threads of its own
     from edgeq import api
@@ -440,6 +462,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 cli.add_command(adapters)
+cli.add_command(embed)
 
 
 @cli.group()

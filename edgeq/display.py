@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgeq.adapters_api import WrittenAdapter
     from edgeq.api import ExportResult, Verification
     from edgeq.detect import Detection
+    from edgeq.encoder_gate import EncoderGate
     from edgeq.gate import GateResult
     from edgeq.planning import Plan
     from edgeq.profiles import DeviceProfile
@@ -32,10 +33,13 @@ _STEPS = {
     "hash": "Hashing inputs",
     "sort": "Sorting",
     "calibrate": "Calibrating",
+    "compensate": "Rounding with compensation",
     "write": "Quantizing and writing",
+    "reference": "Computing reference",
     "gate reference": "Computing reference",
     "gate": "Comparing with reference",
     "verify": "Checking files",
+    "embed": "Embedding",
     "eval": "Scoring",
     "bench": "Measuring",
     "download": "Downloading",
@@ -178,10 +182,10 @@ def show_export(result: ExportResult) -> None:
     out.print(f"Took {result.seconds:.1f} s, peak memory {size(result.peak_rss_bytes)}.")
 
 
-def show_gate(gate: GateResult) -> None:
+def show_gate(gate: GateResult | EncoderGate) -> None:
     out = _out()
     verdict = "[bold green]passed[/]" if gate.passed else "[bold red]failed[/]"
-    out.print(f"Gate: {verdict} in {gate.runtime}, {gate.tokens} tokens")
+    out.print(f"Gate: {verdict} in {gate.runtime}, {gate.compared}")
     table = _table("", "measured", "limit", right=("measured", "limit"))
     for name, measured, limit in gate.rows():
         table.add_row(name, measured, limit)

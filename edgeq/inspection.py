@@ -1,4 +1,7 @@
-"""What `edgeq inspect` tells about a package, a GGUF file or an opened model, as one JSON-ready document each. Reads no weights."""
+"""What `edgeq inspect` tells about a package, a GGUF file or an opened model, as one JSON-ready document each. Reads no weights.
+
+ONNX folders are described by `edgeq.runtime.onnx_describe`.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,21 @@ def describe_package(package: Package) -> dict[str, Any]:
         "regrid": dict(manifest["regrid"]),
         "gate": manifest["gate"],
         "tools": dict(manifest["tools"]),
-        "formats": describe_gguf(package.artifact_path())["formats"],
+        "formats": _planned_formats(manifest["plan"]["tensors"]),
     }
+
+
+def _planned_formats(tensors: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As `_by_grid`, of what a manifest says was written."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for tensor in tensors:
+        rows.setdefault(tensor["grid"], []).append(tensor)
+    described = []
+    for name, members in rows.items():
+        weights, n_bytes = sum(math.prod(t["shape"]) for t in members), sum(t["bytes"] for t in members)
+        row = {"format": name, "tensors": len(members), "weights": weights, "bytes": n_bytes}
+        described.append({**row, "bits_per_weight": round(8 * n_bytes / weights, 4)})
+    return sorted(described, key=lambda row: -row["bytes"])
 
 
 def describe_gguf(path: Path, cuttable: Cuttable | None = None) -> dict[str, Any]:

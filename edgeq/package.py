@@ -21,6 +21,7 @@ from typing import Any, Literal
 from edgeq.errors import PackageError
 
 MANIFEST = "manifest.json"
+MODEL_ONNX = "model.onnx"
 FORMAT = "edgeq-package"
 VERSION = 1
 
@@ -42,7 +43,9 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactRecord(FileRecord):
-    format: Literal["gguf"]
+    """An artifact: a GGUF file, or the model.onnx of a folder whose other files are side files of the package."""
+
+    format: Literal["gguf", "onnx"]
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "format": self.format, "bytes": self.bytes, "sha256": self.sha256}
@@ -66,7 +69,7 @@ class Package:
         return self.manifest["export"]["profile"]
 
     def artifact_path(self) -> Path:
-        """The GGUF file of this package."""
+        """The GGUF file or model.onnx of this package."""
         return self.folder / self.artifacts[0].path
 
 
@@ -154,13 +157,17 @@ def record_files(folder: Path, paths: Sequence[Path]) -> list[FileRecord]:
 
 
 def resolve_artifact(path: Path) -> tuple[Path, Package | None]:
-    """The runnable file behind a path: a package's artifact, or a GGUF file itself. Raises PackageError."""
+    """The runnable file behind a path: a package's artifact, the model.onnx of a folder, or a file itself. Raises PackageError."""
+    if path.is_dir() and not is_package(path) and (path / MODEL_ONNX).is_file():
+        return path / MODEL_ONNX, None
     if path.is_dir():
         package = read_package(path)
+        if "encoder" in package.manifest:
+            raise PackageError(f"{path} is the package of an encoder, which embeds texts. Use `edgeq embed`, or edgeq.load_embedder.")
         artifact = package.artifact_path()
         if not artifact.is_file():
             raise PackageError(f"{artifact} is missing. The package is damaged; copy it again.")
         return artifact, package
     if not path.exists():
-        raise PackageError(f"{path} does not exist. Give a package folder or a GGUF file.")
+        raise PackageError(f"{path} does not exist. Give a package folder or a GGUF file, or an ONNX folder.")
     return path, None

@@ -16,9 +16,9 @@ Planning knows no file format: the carrier comes in as a callable that lays out 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from edgeq.adapter_plan import AdapterPlan
 from edgeq.detect import available_ram
@@ -51,6 +51,39 @@ class Layout:
     tensors: tuple[TensorPlan, ...]
     file_bytes: int
 
+
+class RuntimeMemory(Protocol):
+    """What planning asks of the runtime that a file is for."""
+
+    def quants(self, profile: DeviceProfile) -> Sequence[str]:
+        """Names of quants that may fit where another does not, best first."""
+        ...
+
+    def kv_type(self, profile: DeviceProfile, spec: ModelSpec) -> tuple[str, list[str]]:
+        """What keys and values are kept in, and notes on why."""
+        ...
+
+    def estimate(
+        self, profile: DeviceProfile, spec: ModelSpec, tensors: Iterable[TensorPlan], *, n_ctx: int, kv_type: str
+    ) -> MemoryEstimate:
+        """Memory on the profile's device for one sequence of n_ctx tokens."""
+        ...
+
+
+class _LlamaCpp:
+    def quants(self, profile: DeviceProfile) -> Sequence[str]:
+        return profile.export.grids
+
+    def kv_type(self, profile: DeviceProfile, spec: ModelSpec) -> tuple[str, list[str]]:
+        return _kv_type(profile, spec)
+
+    def estimate(
+        self, profile: DeviceProfile, spec: ModelSpec, tensors: Iterable[TensorPlan], *, n_ctx: int, kv_type: str
+    ) -> MemoryEstimate:
+        return estimate_memory(profile, spec, tensors, n_ctx=n_ctx, kv_type=kv_type)
+
+
+LLAMA_CPP: RuntimeMemory = _LlamaCpp()
 
 # The carrier: from a quant name to a layout. Raises UnsupportedError for a name it does not know.
 LayOut = Callable[[str], Layout]
@@ -97,6 +130,11 @@ class Plan:
     def needs_importance(self) -> bool:
         """Whether a tensor is to be encoded in blocks, which an importance matrix improves."""
         return any(t.action == "encode" and not t.grid.is_float for t in self.tensors)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether inputs of linears are to be rounded to calibrated ranges."""
+        return self.quant == "w8a8-static"
 
     def with_notes(self, *notes: str) -> Plan:
         """The same plan with more notes at its end."""
@@ -146,11 +184,14 @@ class _Candidate:
         return _average((t.grid.bits, t.n_values) for t in self.matrices)
 
 
-def make_plan(profile: DeviceProfile, quant: str, lay_out: LayOut, spec: ModelSpec, *, n_ctx: int | None = None) -> Plan:
+def make_plan(
+    profile: DeviceProfile, quant: str, lay_out: LayOut, spec: ModelSpec, *, n_ctx: int | None = None, runtime: RuntimeMemory | None = None
+) -> Plan:
     """Choose grids and check that the model fits the device, before any work is done.
 
     quant: a name the carrier knows, or "auto". n_ctx: context to plan memory for, the profile's by default; the model's own length is
-    the most. Raises PlanError with needed and available bytes and remedies when nothing fits, UnsupportedError for an unknown quant.
+    the most. runtime: what will run the file, llama.cpp by default; the rules of auto are made for that. Raises PlanError with needed and
+    available bytes and remedies when nothing fits, UnsupportedError for an unknown quant.
     """
     wanted_ctx = profile.export.n_ctx if n_ctx is None else n_ctx
     if wanted_ctx < 1:
@@ -159,22 +200,30 @@ def make_plan(profile: DeviceProfile, quant: str, lay_out: LayOut, spec: ModelSp
     used_ctx = min(wanted_ctx, spec.n_ctx)
     if used_ctx < wanted_ctx:
         notes.append(f"context: {wanted_ctx:,} tokens wanted, planned for the {used_ctx:,} that the model was trained for")
-    kv_type, kv_note = _kv_type(profile, spec)
+    runtime = runtime or LLAMA_CPP
+    kv_type, kv_note = runtime.kv_type(profile, spec)
     notes += kv_note
 
     def candidate(name: str) -> _Candidate:
         layout = lay_out(name)
-        memory = estimate_memory(profile, spec, layout.tensors, n_ctx=used_ctx, kv_type=kv_type)
+        memory = runtime.estimate(profile, spec, layout.tensors, n_ctx=used_ctx, kv_type=kv_type)
         return _Candidate(quant=name, tensors=layout.tensors, file_bytes=layout.file_bytes, memory=memory)
 
     if quant == "auto":
-        chosen, choice_notes = _choose(profile, spec, candidate)
+        chosen, choice_notes = _choose(profile, spec, candidate, runtime)
         notes += choice_notes
     else:
         chosen = candidate(quant)
         if not _fits(profile, chosen):
             raise PlanError(
-                _refusal(profile, spec, chosen, f"{quant} does not fit {profile.name}", _alternatives(profile, chosen, candidate))
+                _refusal(
+                    profile,
+                    spec,
+                    chosen,
+                    f"{quant} does not fit {profile.name}",
+                    _alternatives(profile, chosen, candidate, runtime),
+                    runtime,
+                )
             )
     bound = decode_bound(profile, spec, chosen.tensors)
     if profile.targets is not None and bound < profile.targets.decode_tok_s:
@@ -248,7 +297,9 @@ def check_ram(needed: int) -> None:
         )
 
 
-def _choose(profile: DeviceProfile, spec: ModelSpec, candidate: Callable[[str], _Candidate]) -> tuple[_Candidate, list[str]]:
+def _choose(
+    profile: DeviceProfile, spec: ModelSpec, candidate: Callable[[str], _Candidate], runtime: RuntimeMemory
+) -> tuple[_Candidate, list[str]]:
     listed = [candidate(name) for name in profile.export.grids]
     matrices = listed[0].matrices
     source_bits = _average((t.source_grid.bits, t.n_values) for t in matrices)
@@ -263,7 +314,9 @@ def _choose(profile: DeviceProfile, spec: ModelSpec, candidate: Callable[[str], 
         if _fits(profile, c):
             return c, [*notes, *(note for quant, note in slow.items() if quant != c.quant)]
     smallest = min(options, key=lambda c: c.memory.total_bytes)
-    raise PlanError(_refusal(profile, spec, smallest, f"{profile.name}: no format fits, not even the smallest, {smallest.quant}", ""))
+    raise PlanError(
+        _refusal(profile, spec, smallest, f"{profile.name}: no format fits, not even the smallest, {smallest.quant}", "", runtime)
+    )
 
 
 def _not_inflated(
@@ -332,7 +385,7 @@ def _fits(profile: DeviceProfile, c: _Candidate) -> bool:
     return c.memory.total_bytes <= profile.memory.budget_mib * MIB and c.memory.host_bytes <= profile.memory.ram_mib * MIB
 
 
-def _refusal(profile: DeviceProfile, spec: ModelSpec, c: _Candidate, what: str, alternative: str) -> str:
+def _refusal(profile: DeviceProfile, spec: ModelSpec, c: _Candidate, what: str, alternative: str, runtime: RuntimeMemory) -> str:
     m, budget = c.memory, profile.memory.budget_mib * MIB
     if m.total_bytes <= budget:
         return (
@@ -343,7 +396,7 @@ def _refusal(profile: DeviceProfile, spec: ModelSpec, c: _Candidate, what: str, 
         f"weights {_mib(m.model_bytes)}, cache {_mib(m.kv_bytes)} at {m.n_ctx:,} tokens, compute {_mib(m.compute_bytes)}, "
         f"runtime {_mib(m.runtime_bytes)}"
     )
-    shorter = _longest_context(profile, spec, c)
+    shorter = _longest_context(profile, spec, c, runtime)
     context = f"With a context of {shorter:,} tokens it fits" if shorter else "No context is short enough"
     return (
         f"{what}: it needs {_mib(m.total_bytes)} ({m.total_bytes:,} bytes: {parts}), the budget is {_mib(budget)} ({budget:,} bytes). "
@@ -351,11 +404,11 @@ def _refusal(profile: DeviceProfile, spec: ModelSpec, c: _Candidate, what: str, 
     )
 
 
-def _longest_context(profile: DeviceProfile, spec: ModelSpec, c: _Candidate) -> int:
+def _longest_context(profile: DeviceProfile, spec: ModelSpec, c: _Candidate, runtime: RuntimeMemory) -> int:
     """The longest context, in steps of 256 tokens, with which a candidate fits; 0 when none does."""
 
     def fits(n_ctx: int) -> bool:
-        memory = estimate_memory(profile, spec, c.tensors, n_ctx=n_ctx, kv_type=c.memory.kv_type)
+        memory = runtime.estimate(profile, spec, c.tensors, n_ctx=n_ctx, kv_type=c.memory.kv_type)
         return memory.total_bytes <= profile.memory.budget_mib * MIB and memory.host_bytes <= profile.memory.ram_mib * MIB
 
     low, high = 0, -(-c.memory.n_ctx // 256)  # fits(256 * low) or low == 0; not fits(256 * high)
@@ -365,8 +418,8 @@ def _longest_context(profile: DeviceProfile, spec: ModelSpec, c: _Candidate) -> 
     return 256 * low
 
 
-def _alternatives(profile: DeviceProfile, c: _Candidate, candidate: Callable[[str], _Candidate]) -> str:
-    others = (candidate(name) for name in profile.export.grids if name != c.quant)
+def _alternatives(profile: DeviceProfile, c: _Candidate, candidate: Callable[[str], _Candidate], runtime: RuntimeMemory) -> str:
+    others = (candidate(name) for name in runtime.quants(profile) if name != c.quant)
     fitting = next((o.quant for o in others if _fits(profile, o)), None)
     return f"--quant {fitting} fits. " if fitting else "No format in the profile's list fits either. "
 

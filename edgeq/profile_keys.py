@@ -132,7 +132,13 @@ KEYS = (
         "accelerator", "mem_bandwidth_gb_s", "number", _number, "Peak bandwidth of its memory in GB/s. Required unless kind is none.", False
     ),
     Key("accelerator", "unified", "true or false", _flag, "Whether it shares the RAM. Required unless kind is none.", False),
-    Key("runtime", "name", "llama.cpp", _one_of("llama.cpp"), "The runtime that packages are made for."),
+    Key(
+        "runtime",
+        "name",
+        "llama.cpp or onnxruntime",
+        _one_of("llama.cpp", "onnxruntime"),
+        "The runtime that packages are made for, unless the command says otherwise: GGUF for the one, ONNX for the other.",
+    ),
     Key("runtime", "device", "cpu, cuda or metal", _one_of("cpu", "cuda", "metal"), "Where it computes."),
     Key(
         "runtime",

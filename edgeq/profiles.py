@@ -54,7 +54,7 @@ class Accelerator:
 class Runtime:
     """gpu_layers: layers on the accelerator, the head counted as one more; None means all, 0 none."""
 
-    name: Literal["llama.cpp"]
+    name: Literal["llama.cpp", "onnxruntime"]
     device: Device
     gpu_layers: int | None
 

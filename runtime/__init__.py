@@ -1,4 +1,4 @@
-"""The device side: sessions, measurements and memory over stock llama.cpp. Needs numpy, gguf and llama-cpp-python, never torch.
+"""The device side: sessions, measurements and memory over stock llama.cpp and ONNX Runtime. Needs numpy, gguf and one of them, never torch.
 
 Importing this package loads none of them: the parts are imported by name (`from edgeq.runtime.session import load`).
 """

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeq.runtime.adapter_formats import AnyAdapter, load_adapter
 from edgeq.runtime.child import serve
 from edgeq.runtime.contention import others_meter
 from edgeq.runtime.decoding import greedy_steps
 from edgeq.runtime.device import parse_device
 from edgeq.runtime.energy import cpu_meter, gpu_meter, vram_bytes
-from edgeq.runtime.llama import ALL_LAYERS, LlamaAdapter, LlamaContext, LlamaModel, library
+from edgeq.runtime.engine import load_model, new_context, prepare
 from edgeq.runtime.memory import peak_rss_bytes, process_memory
 
 
@@ -29,13 +30,14 @@ class Bench:
 
     def load(self, *, path: str, adapter: str | None, threads: int | None, device: str, n_ctx: int, kv_type: str) -> dict[str, Any]:
         self.gpu = parse_device(device)
-        library()
+        prepare(Path(path))
         before = process_memory(model_bytes=0, kv_bytes=0).rss
         began = time.perf_counter()
-        self.model = LlamaModel.load(path, gpu_layers=0 if self.gpu is None else ALL_LAYERS, main_gpu=self.gpu or 0)
-        self.context = LlamaContext(self.model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, max_outputs=1)
-        self.adapter = None if adapter is None else LlamaAdapter.load(self.model, Path(adapter))
-        if self.adapter is not None:
+        self.model = load_model(Path(path), gpu=self.gpu, threads=threads)
+        self.context = new_context(self.model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, max_outputs=1)
+        self.adapter: AnyAdapter | None = None
+        if adapter is not None:
+            self.adapter = load_adapter(self.model, Path(adapter))
             self.context.set_adapters({self.adapter: 1.0})
         load_s = time.perf_counter() - began
         return {"load_s": load_s, "rss_before_load_bytes": before, "threads": self.context.threads, "description": self.model.description}

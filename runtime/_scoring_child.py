@@ -1,4 +1,4 @@
-"""The process in which a `ScoringWorker` scores: loads one artifact in llama.cpp and answers requests about it.
+"""The process in which a `ScoringWorker` scores: loads one artifact in its runtime and answers requests about it.
 
 Its argument is an inherited file descriptor for what is too large for an answer: logits, float32 (n_tokens, n_vocab) from the start of
 that file. The first request is {"op": "load", artifact, adapter, n_ctx, threads, n_ubatch}; the others are methods of `Scorer`. What it
@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from edgeq.runtime.adapter_formats import load_adapter
 from edgeq.runtime.child import serve
+from edgeq.runtime.engine import load_model, new_context
 from edgeq.runtime.likelihood import Floats, negative_log_likelihood
-from edgeq.runtime.llama import LlamaAdapter, LlamaContext, LlamaModel, library
 from edgeq.runtime.memory import peak_rss_bytes
 
 
@@ -26,10 +27,10 @@ class Scorer:
     """One artifact, loaded, with an adapter or none. Generators yield how many tokens of a window are done."""
 
     def __init__(self, logits_file: int, *, artifact: str, adapter: str | None, n_ctx: int, threads: int | None, n_ubatch: int) -> None:
-        self._model = LlamaModel.load(Path(artifact))
-        self._context = LlamaContext(self._model, n_ctx=n_ctx, n_batch=n_ubatch, n_ubatch=n_ubatch, threads=threads)
+        self._model = load_model(Path(artifact), threads=threads)
+        self._context = new_context(self._model, n_ctx=n_ctx, n_batch=n_ubatch, threads=threads)
         if adapter is not None:
-            self._context.set_adapters({LlamaAdapter.load(self._model, Path(adapter)): 1.0})
+            self._context.set_adapters({load_adapter(self._model, Path(adapter)): 1.0})
         self._logits_file = logits_file
 
     def facts(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class Scorer:
             "eos_text": None if model.eos is None else model.token_text(model.eos),
             "chat_template": model.chat_template(),
             "threads": self._context.threads,
-            "library": f"llama-cpp-python {library().__version__}",
+            "library": model.library,
         }
 
     def peak_rss(self) -> int | None:

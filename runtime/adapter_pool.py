@@ -19,9 +19,10 @@ from types import MappingProxyType
 from typing import Any
 
 from edgeq.errors import AdapterError, UsageError
-from edgeq.runtime.adapter_file import AdapterFile, check_base, file_stamp, read_adapter
+from edgeq.runtime.adapter_file import file_stamp
+from edgeq.runtime.adapter_formats import AnyAdapter, AnyFile, check_base, load_adapter, read_adapter
 from edgeq.runtime.cut import MemoryCut
-from edgeq.runtime.llama import LlamaAdapter, LlamaModel
+from edgeq.runtime.engine import Model
 
 DEFAULT_BUDGET = 256 << 20
 
@@ -49,13 +50,13 @@ class AdapterPool:
     cut: for a model that is a cut of another: brings an adapter of the whole one to the same size. It is tried on files that do not fit.
     """
 
-    def __init__(self, model: LlamaModel, *, budget_bytes: int = DEFAULT_BUDGET, cut: AdapterCut | None = None) -> None:
+    def __init__(self, model: Model, *, budget_bytes: int = DEFAULT_BUDGET, cut: AdapterCut | None = None) -> None:
         if budget_bytes < 0:
             raise UsageError(f"the budget for adapters is {budget_bytes} bytes; expected at least 0")
         self.model, self._cut = model, cut
-        self._files: dict[str, AdapterFile] = {}
+        self._files: dict[str, AnyFile] = {}
         self._whole: set[str] = set()  # those that are cut when they are loaded
-        self._resident: OrderedDict[str, LlamaAdapter] = OrderedDict()  # least recently used first
+        self._resident: OrderedDict[str, AnyAdapter] = OrderedDict()  # least recently used first
         self._bytes: dict[str, int] = {}
         self._pins: Counter[str] = Counter()
         self._versions: Counter[str] = Counter()
@@ -63,7 +64,7 @@ class AdapterPool:
         self._peak_bytes = self._hits = self._misses = self._evictions = 0
 
     @property
-    def files(self) -> Mapping[str, AdapterFile]:
+    def files(self) -> Mapping[str, AnyFile]:
         """What is known, by name in the order added."""
         return MappingProxyType(self._files)
 
@@ -121,6 +122,11 @@ class AdapterPool:
         if name in self._resident:
             self._free(name)
 
+    def close(self) -> None:
+        """Free all memory. Raises RuntimeFailure while a context uses one of them."""
+        for name in self.resident:
+            self._free(name)
+
     def check_known(self, names: Collection[str]) -> None:
         """Raise UsageError that lists what there is when a name is not known."""
         for name in names:
@@ -128,7 +134,7 @@ class AdapterPool:
                 known = f"there are {', '.join(map(repr, self._files))}" if self._files else "none is loaded"
                 raise UsageError(f"no adapter is named {name!r}; {known}. Load it from its file first.")
 
-    def acquire(self, names: Collection[str]) -> dict[str, LlamaAdapter]:
+    def acquire(self, names: Collection[str]) -> dict[str, AnyAdapter]:
         """Bring adapters into memory, together, and keep them there until they are released.
 
         Raises UsageError for an unknown name; AdapterError when they do not fit the budget beside those in use, or when a file has
@@ -154,14 +160,14 @@ class AdapterPool:
             assert self._pins[name] > 0, f"{name} was not acquired"
             self._pins[name] -= 1
 
-    def handle(self, name: str) -> LlamaAdapter:
+    def handle(self, name: str) -> AnyAdapter:
         """An acquired adapter."""
         assert self._pins[name] > 0, f"{name} was not acquired"
         return self._resident[name]
 
     def _read(self, name: str, path: Path) -> None:
         """Take note of a file, after checking it and what is left of it when it is cut."""
-        file, whole = read_adapter(path), False
+        file, whole = read_adapter(path, self.model.facts), False
         try:
             check_base(file, self.model.facts)
         except AdapterError:
@@ -169,7 +175,7 @@ class AdapterPool:
                 raise
             whole = True
             with self._cut(path) as cut:
-                left = read_adapter(cut.path)
+                left = read_adapter(cut.path, self.model.facts)
                 check_base(left, self.model.facts)
             file = replace(left, path=path, stamp=file.stamp)
         if file.resident_bytes > self.budget_bytes:
@@ -198,7 +204,7 @@ class AdapterPool:
                 "Use fewer at once or raise the budget."
             )
 
-    def _loaded(self, name: str) -> LlamaAdapter:
+    def _loaded(self, name: str) -> AnyAdapter:
         if name in self._resident:
             self._resident.move_to_end(name)
             self._hits += 1
@@ -215,13 +221,13 @@ class AdapterPool:
         self._peak_bytes = max(self._peak_bytes, self._resident_bytes)
         return self._resident[name]
 
-    def _load(self, name: str) -> LlamaAdapter:
+    def _load(self, name: str) -> AnyAdapter:
         path = self._files[name].path
         if name not in self._whole:
-            return LlamaAdapter.load(self.model, path)
+            return load_adapter(self.model, path)
         assert self._cut is not None
         with self._cut(path) as cut:
-            return LlamaAdapter.load(self.model, cut.path)
+            return load_adapter(self.model, cut.path)
 
     def _free(self, name: str) -> None:
         self._resident.pop(name).close()

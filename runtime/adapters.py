@@ -19,7 +19,7 @@ from pathlib import Path
 
 from edgeq.errors import UsageError
 from edgeq.runtime.adapter_pool import AdapterCut, AdapterPool
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.engine import Context, Model
 
 Key = tuple[tuple[str, int, float], ...]
 Cell = tuple[int, Key]
@@ -86,7 +86,7 @@ def scales_of(choice: AdapterChoice) -> dict[str, float]:
 class ActiveAdapters:
     """The adapters set on a session: acquired from the pool, put on the context piece by piece of a prompt."""
 
-    def __init__(self, pool: AdapterPool, context: LlamaContext) -> None:
+    def __init__(self, pool: AdapterPool, context: Context) -> None:
         self.pool, self._context = pool, context
         self._scales: dict[str, float] = {}
 
@@ -115,7 +115,7 @@ class ActiveAdapters:
             raise
         self._scales = scales
 
-    def moved(self, model: LlamaModel, context: LlamaContext, cut: AdapterCut | None) -> ActiveAdapters:
+    def moved(self, model: Model, context: Context, cut: AdapterCut | None) -> ActiveAdapters:
         """The same adapters, and the same of them set, on another size of the model. Raises as `AdapterPool.add` and `set`."""
         pool = AdapterPool(model, budget_bytes=self.pool.budget_bytes, cut=cut)
         for name in self.pool.files:

@@ -2,17 +2,18 @@
 
 What is measured (METRICS_VERSION changes with any of this):
 
-load_s              loading the model and making its context, in a fresh process, after import of the libraries. The file has just
-                    been read for its hash, so its pages are in the system's cache as far as they fit.
+load_s              loading the model and making its context, in a fresh process, after import of the libraries. The files have just
+                    been read for their hash, so their pages are in the system's cache as far as they fit.
 prefill_tok_s       prompt_tokens / time of computing the prompt from an empty cache, logits of the last token included.
 ttft_ms             the same time plus choosing the first token.
-itl_ms              time between tokens: one llama_decode of one token plus finding the likeliest next one, after the prompt.
+itl_ms              time between tokens: computing one token (one llama_decode) plus finding the likeliest next one, after the prompt.
                     Percentiles (linear interpolation) over all steps of all repeats.
 decode_tok_s        gen_tokens / time of gen_tokens such steps. End-of-generation tokens do not stop it.
 peak_rss_bytes      most memory the process ever had resident (VmHWM), Python and libraries included
                     (`samples.rss_before_load_bytes` is what those took before the model was loaded).
 model_bytes         all tensors of the artifact.
-kv_bytes            keys and values of the context, prompt_tokens + gen_tokens rounded up to 256 cells, as llama.cpp allocates them.
+kv_bytes            keys and values of the context, prompt_tokens + gen_tokens (rounded up to 256 cells in llama.cpp), as the runtime
+                    allocates them: F16 in llama.cpp, in ONNX Runtime what the graph has.
 vram_bytes          GPU memory of the process by NVML.
 adapter_switch_ms   with an adapter: what changing to it, once it is in memory, adds to the next computation (`edgeq.runtime.switching`).
 energy_j_per_token  energy of the decode steps / gen_tokens: processor packages (RAPL) on the CPU, the GPU's counter (NVML) on a GPU.
@@ -40,23 +41,17 @@ import psutil
 
 from edgeq.adapter_records import find_adapter
 from edgeq.elastic import MAX_RATE
-from edgeq.errors import PlanError, RuntimeFailure, UsageError
-from edgeq.package import resolve_artifact, sha256
+from edgeq.errors import PlanError, UsageError
 from edgeq.progress import Progress, silent
-from edgeq.runtime.adapter_file import check_base, read_adapter
+from edgeq.runtime.adapter_formats import check_base, read_adapter
 from edgeq.runtime.child import Child
 from edgeq.runtime.contention import THRESHOLD
-from edgeq.runtime.cut_adapter import cut_adapter_to_memory
 from edgeq.runtime.device import parse_device
 from edgeq.runtime.elastic_package import open_elastic
+from edgeq.runtime.engine import Facts, artifact_sha256, default_kv_type, kv_bytes, open_artifact, prepare, read_facts, runtime_of
 from edgeq.runtime.environment import describe
-from edgeq.runtime.gguf_facts import GgufFacts, read_facts
-from edgeq.runtime.llama import NO_GPU_BUILD, library
-from edgeq.runtime.memory import kv_bytes
 
 METRICS_VERSION = 1
-RUNTIME = "llama.cpp"
-KV_TYPE = "f16"
 _PROMPT_SEED = 20240229
 _WARM_STEPS = 4
 
@@ -99,9 +94,16 @@ class _Entry:
     path: Path
     is_cut: bool = False
     rate: float | None
-    facts: GgufFacts
+    facts: Facts
     sha256: str
     adapter: tuple[str, Path] | None = None
+
+    @property
+    def kv_type(self) -> str:
+        return default_kv_type(self.facts)
+
+    def kv_bytes(self, n_ctx: int) -> int:
+        return kv_bytes(self.facts, n_ctx, self.kv_type)
 
 
 def bench(
@@ -116,14 +118,14 @@ def bench(
     adapter: str | None = None,
     progress: Progress = silent,
 ) -> list[BenchResult]:
-    """Measure packages or GGUF files side by side; results in the order given.
+    """Measure packages, GGUF files or ONNX folders side by side; results in the order given.
 
     rates: measure every artifact at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter of the uncut
     model, by path. threads: default is every core this process may use. device: "cpu", "cuda" or
     "cuda:N".
     Raises UsageError for counts below 1, an unknown device or rates that make no list, PlanError when the artifacts do not fit into memory
     together, PackageError for a rate above 0 of what cannot be cut, SourceError/UnsupportedError/PackageError for a bad artifact,
-    AdapterError for an adapter that is broken or another model's, RuntimeFailure when llama.cpp refuses or dies.
+    AdapterError for an adapter that is broken or another model's, RuntimeFailure when a runtime refuses or dies.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("gen_tokens", gen_tokens), ("repeat", repeat)):
         if value < 1:
@@ -131,13 +133,14 @@ def bench(
     if not artifacts:
         raise UsageError("nothing to measure; give at least one package or GGUF file")
     gpu = parse_device(device)
-    if gpu is not None and not library().llama_supports_gpu_offload():
-        raise RuntimeFailure(NO_GPU_BUILD)
     device = "cpu" if gpu is None else f"cuda:{gpu}"
     n_ctx = prompt_tokens + gen_tokens
     check_rates(rates)
     with ExitStack() as cuts:
         entries = [_entry(artifact, rate, adapter, cuts) for artifact in artifacts for rate in (rates if rates is not None else [None])]
+        if gpu is not None:
+            for path in {runtime_of(entry.path): entry.path for entry in entries}.values():
+                prepare(path, gpu)
         _check_memory(entries, n_ctx)
         return _measure(entries, prompt_tokens, gen_tokens, repeat, threads, device, progress)
 
@@ -166,11 +169,11 @@ def _measure(
 
     progress("bench", 0, total)
     with ExitStack() as stack:
-        children = [stack.enter_context(Child("edgeq.runtime._bench_child", entry.artifact)) for entry in entries]
+        children = [stack.enter_context(_child(entry)) for entry in entries]
         loaded = []
         for entry, child in zip(entries, children, strict=True):
             files = {"path": str(entry.path), "adapter": None if entry.adapter is None else str(entry.adapter[1])}
-            request = {**files, "threads": threads, "device": device, "n_ctx": n_ctx, "kv_type": KV_TYPE}
+            request = {**files, "threads": threads, "device": device, "n_ctx": n_ctx, "kv_type": entry.kv_type}
             loaded.append(child.ask({"op": "load", **request}))
             step()
         for child in children:
@@ -182,11 +185,15 @@ def _measure(
                 taken.append(child.ask({"op": "repeat", "prompt": prompt, "gen_tokens": gen_tokens}))
                 step()
         ended = [child.ask({"op": "end", "repeat": repeat}) for child in children]
-    settings = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repeat": repeat, "n_ctx": n_ctx, "kv_type": KV_TYPE}
+    settings = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repeat": repeat, "n_ctx": n_ctx}
     return [
         _result(entry, device, settings, start, taken, end)
         for entry, start, taken, end in zip(entries, loaded, samples, ended, strict=True)
     ]
+
+
+def _child(entry: _Entry) -> Child:
+    return Child("edgeq.runtime._bench_child", entry.artifact, runtime=runtime_of(entry.path))
 
 
 def prompt_ids(n_vocab: int, n_tokens: int) -> list[int]:
@@ -196,7 +203,7 @@ def prompt_ids(n_vocab: int, n_tokens: int) -> list[int]:
 
 def _entry(artifact: Path | str, rate: float | None, adapter: str | None, cuts: ExitStack) -> _Entry:
     """rate: None takes the artifact as it is. cuts: keeps a cut alive as long as it is measured."""
-    path, package = resolve_artifact(Path(artifact))
+    path, package = open_artifact(Path(artifact))
     beside = None if adapter is None else find_adapter(package, adapter)
     is_elastic = package is not None and package.manifest["export"].get("elastic")
     if rate is not None and (rate or is_elastic):
@@ -205,27 +212,27 @@ def _entry(artifact: Path | str, rate: float | None, adapter: str | None, cuts: 
         if size.n_steps:
             cut = cuts.enter_context(elastic.cut_to_memory(size))
             if beside is not None:
-                left = cut_adapter_to_memory(beside[1], elastic.path, size.kept, hidden=elastic.elastic.hidden)
-                beside = beside[0], cuts.enter_context(left).path
+                beside = beside[0], cuts.enter_context(elastic.cut_adapter_to_memory(beside[1], size)).path
             facts = _checked(cut.path, beside)
             return _Entry(
-                artifact=str(artifact), path=cut.path, is_cut=True, rate=rate, facts=facts, sha256=sha256(cut.path), adapter=beside
+                artifact=str(artifact), path=cut.path, is_cut=True, rate=rate, facts=facts, sha256=artifact_sha256(cut.path), adapter=beside
             )
     stated = None if package is None else package.manifest["export"].get("rate")
-    return _Entry(artifact=str(artifact), path=path, rate=stated, facts=_checked(path, beside), sha256=sha256(path), adapter=beside)
+    facts = _checked(path, beside)
+    return _Entry(artifact=str(artifact), path=path, rate=stated, facts=facts, sha256=artifact_sha256(path), adapter=beside)
 
 
-def _checked(path: Path, adapter: tuple[str, Path] | None) -> GgufFacts:
+def _checked(path: Path, adapter: tuple[str, Path] | None) -> Facts:
     """Facts about a model that its adapter fits. Raises AdapterError."""
     facts = read_facts(path)
     if adapter is not None:
-        check_base(read_adapter(adapter[1]), facts)
+        check_base(read_adapter(adapter[1], facts), facts)
     return facts
 
 
 def _check_memory(entries: Sequence[_Entry], n_ctx: int) -> None:
     """All artifacts stay loaded for the whole run. A single one may still try its luck: its pages need not all be resident."""
-    needed = sum((0 if entry.is_cut else entry.facts.tensor_bytes) + kv_bytes(entry.facts, n_ctx, KV_TYPE) for entry in entries)
+    needed = sum((0 if entry.is_cut else entry.facts.tensor_bytes) + entry.kv_bytes(n_ctx) for entry in entries)
     available = psutil.virtual_memory().available
     if len(entries) > 1 and needed > available:
         raise PlanError(
@@ -247,7 +254,7 @@ def _result(
     energies = [sample["energy_j"] for sample in taken if sample["energy_j"] is not None]
     return BenchResult(
         artifact=entry.artifact,
-        runtime=RUNTIME,
+        runtime=runtime_of(entry.path),
         device=device,
         rate=entry.rate,
         adapter=None if entry.adapter is None else entry.adapter[0],
@@ -258,7 +265,7 @@ def _result(
         itl_ms={f"p{q}": float(np.percentile(steps, q)) for q in (50, 95, 99)},
         peak_rss_bytes=ended["peak_rss_bytes"],
         model_bytes=ended["model_bytes"],
-        kv_bytes=kv_bytes(entry.facts, settings["n_ctx"], KV_TYPE),
+        kv_bytes=entry.kv_bytes(settings["n_ctx"]),
         vram_bytes=ended["vram_bytes"],
         energy_j_per_token=median(energies) / gen_tokens if energies else None,
         adapter_switch_ms=ended["adapter_switch_ms"],
@@ -269,6 +276,7 @@ def _result(
             "model": loaded["description"],
             "threads": loaded["threads"],
             **settings,
+            "kv_type": entry.kv_type,
             "contention": contention([sample["other_cores"] for sample in taken]),
         },
     )

@@ -1,4 +1,4 @@
-"""A Python process beside ours that runs llama.cpp, so that an abort in C code ends it and not us.
+"""A Python process beside ours that runs llama.cpp or ONNX Runtime, so that an abort in C code ends it and not us.
 
 It runs a module of edgeq as a script and answers JSON lines with JSON lines: requests on its stdin, answers on what was its stdout.
 Everything else that it or C code prints goes to a log, whose last lines are quoted when it dies. It runs in a session of its own, so
@@ -39,16 +39,23 @@ def ignore(done: int) -> None:
 
 
 class Child:
-    """A running child. `subject` is what its messages are about (an artifact's path).
+    """A running child. `subject` is what its messages are about (an artifact's path), runtime what they say that it ran.
 
     arguments: its command line. inherit: file descriptors that it shares under the same numbers. patience_s: how long it may say
     nothing, neither answer nor progress, before it counts as hung; None waits for ever.
     """
 
     def __init__(
-        self, module: str, subject: str, *, arguments: Sequence[str] = (), inherit: Sequence[int] = (), patience_s: float | None = None
+        self,
+        module: str,
+        subject: str,
+        *,
+        runtime: str = "llama.cpp",
+        arguments: Sequence[str] = (),
+        inherit: Sequence[int] = (),
+        patience_s: float | None = None,
     ) -> None:
-        self.subject = subject
+        self.subject, self._runtime = subject, runtime
         self._patience_s = patience_s
         self._received = b""
         self._ended: RuntimeFailure | None = None
@@ -96,7 +103,7 @@ class Child:
         """End the child, which has nothing to finish; closing twice is fine."""
         if self._log.closed:
             return
-        self._ended = RuntimeFailure(f"{self.subject}: the process that ran llama.cpp is closed. Start a new one.")
+        self._ended = RuntimeFailure(f"{self.subject}: the process that ran {self._runtime} is closed. Start a new one.")
         self._process.kill()
         self._process.wait()
         with suppress(BrokenPipeError):  # a request was still on its way
@@ -122,7 +129,7 @@ class Child:
                 answer = dict(json.loads(line))
             except (ValueError, TypeError) as err:
                 raise RuntimeFailure(
-                    f"{self.subject}: the process that ran llama.cpp answered {line[:60]!r}{doing}, which is no answer. Run it again."
+                    f"{self.subject}: the process that ran {self._runtime} answered {line[:60]!r}{doing}, which is no answer. Run it again."
                 ) from err
             if "progress" not in answer:
                 return answer
@@ -134,7 +141,7 @@ class Child:
         while b"\n" not in self._received:
             if deadline is not None and not _readable(self._answers.fileno(), deadline - time.monotonic()):
                 raise RuntimeFailure(
-                    f"{self.subject}: the process that ran llama.cpp gave no sign of life for {self._patience_s:g} seconds{doing}; "
+                    f"{self.subject}: the process that ran {self._runtime} gave no sign of life for {self._patience_s:g} seconds{doing}; "
                     f"it was ended. It last said: {self._last_words()}"
                 )
             data = os.read(self._answers.fileno(), 1 << 20)
@@ -148,7 +155,8 @@ class Child:
         status = self._process.wait()
         how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
         hint = " That is often the system running out of memory." if status == -signal.SIGKILL else ""
-        return RuntimeFailure(f"{self.subject}: the process that ran llama.cpp {how}{doing}.{hint} It last said: {self._last_words()}")
+        words = self._last_words()
+        return RuntimeFailure(f"{self.subject}: the process that ran {self._runtime} {how}{doing}.{hint} It last said: {words}")
 
     def _last_words(self) -> str:
         """The last lines of the log, on one line."""

@@ -24,17 +24,14 @@ Rows are independent, so threads work on pieces of a million values, a few ahead
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain, pairwise
 from threading import Lock
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeq import ggml
 from edgeq.code_steps import decoded, gains, movable, moved, row_steps
@@ -42,6 +39,7 @@ from edgeq.compensation import Floats, HiddenModel, Regression, regression
 from edgeq.elastic import Kept
 from edgeq.errors import PackageError, SourceError
 from edgeq.gguf_file import Header, TensorInfo
+from edgeq.runtime.ahead import Ahead, Job, take_all
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.cut_plan import BIASES, NO_EXTRAS, Extras, Replacement
 from edgeq.tensors import Bytes
@@ -50,9 +48,6 @@ MERGED = frozenset({"F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q5_1", "Q4_0"
 MAX_THREADS = 4  # each holds about 10 MiB
 _FEW_STEPS = 1.0  # beyond it, on average, too many values would leave the range that their block's scale gives them
 _PIECE_VALUES = 1 << 20
-
-Result = npt.NDArray[Any]
-Job = Callable[[], Result]
 
 
 @contextmanager
@@ -73,7 +68,7 @@ def compensated(
     stops = list(accumulate(map(len, by_down), initial=0))
     n_threads = threads or min(usable_cores(), MAX_THREADS)
     with ThreadPoolExecutor(n_threads) as pool:
-        ahead = _Ahead(pool, chain(*by_down), n_threads + 2)
+        ahead = Ahead(pool, chain(*by_down), n_threads + 2)
         add: dict[str, Callable[[], Floats]] = {}
         replace: dict[str, Replacement] = {}
         for down, (start, stop) in zip(downs, pairwise(stops), strict=True):
@@ -81,7 +76,7 @@ def compensated(
                 stop -= 1
                 add[down.bias_name] = partial(ahead.take, stop)
             if down.merged:
-                replace[down.info.name] = Replacement(down.info.grid, partial(_take_all, ahead, start, stop))
+                replace[down.info.name] = Replacement(down.info.grid, partial(take_all, ahead, start, stop))
         try:
             yield Extras(add=add, replace=replace)
         finally:
@@ -183,33 +178,6 @@ class _Down:
             self._left -= 1
             if not self._left:
                 self._regression = None
-
-
-class _Ahead:
-    """Jobs whose results are taken in order, more or less, computed a little ahead of that."""
-
-    def __init__(self, pool: ThreadPoolExecutor, jobs: Iterable[Job], most: int) -> None:
-        """most: jobs under way or waiting to be taken at one time."""
-        self._pool, self._waiting, self._most = pool, deque(enumerate(jobs)), most
-        self._running: dict[int, Future[Result]] = {}
-        self._start(-1)
-
-    def take(self, number: int) -> Result:
-        """The result of a job, once."""
-        self._start(number)
-        found = self._running.pop(number)
-        self._start(-1)
-        return found.result()
-
-    def _start(self, number: int) -> None:
-        """As many jobs as may be under way, and this one in any case."""
-        while self._waiting and (len(self._running) < self._most or (number >= 0 and number not in self._running)):
-            i, job = self._waiting.popleft()
-            self._running[i] = self._pool.submit(job)
-
-
-def _take_all(ahead: _Ahead, start: int, stop: int) -> Iterator[Bytes]:
-    return (ahead.take(number) for number in range(start, stop))
 
 
 def _read(header: Header, info: TensorInfo, start: int, stop: int) -> Bytes:

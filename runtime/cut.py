@@ -66,7 +66,7 @@ def cut_gguf(
     plan = plan_cut(_header(source), kept, extras)
     with staged_file(target, force=force, inputs=(plan.source,)) as stage:
         check_disk(target, plan.nbytes)
-        with _verified(plan.source, sha256):
+        with verified(plan.source, sha256):
             written = write_plan(plan, stage, progress)
     return CutResult(bytes=written, removed_fraction=plan.removed_fraction)
 
@@ -103,7 +103,7 @@ def hold_plan(plan: CutPlan, *, sha256: SourceCheck | str | None = None, progres
     with ExitStack() as undo:
         path, release = _memory_file(plan.nbytes) if hasattr(os, "memfd_create") else _temporary_file()
         undo.callback(release)
-        with _verified(plan.source, sha256):
+        with verified(plan.source, sha256):
             written = write_plan(plan, path, progress)
         undo.pop_all()
     return MemoryCut(path, CutResult(bytes=written, removed_fraction=plan.removed_fraction), release)
@@ -139,7 +139,7 @@ def _header(source: Path | Header) -> Header:
 
 def write_plan(plan: CutPlan, path: Path, progress: Progress = silent) -> int:
     """Write what a plan describes to `path`, and return its size; a failed write leaves what it wrote. Raises as `cut_gguf`."""
-    with _open(plan.source) as file:
+    with open_source(plan.source) as file:
         data = []
         for tensor in plan.tensors:
             chunks = tensor.chunks or partial(_prefix, file, plan.source, tensor)
@@ -148,7 +148,7 @@ def write_plan(plan: CutPlan, path: Path, progress: Progress = silent) -> int:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[FileIO]:
+def open_source(path: Path) -> Iterator[FileIO]:
     try:
         file = path.open("rb", buffering=0)
     except OSError as err:
@@ -166,18 +166,18 @@ def _prefix(file: FileIO, path: Path, tensor: CutTensor) -> Iterable[Bytes]:
     n_units, (runs, run_bytes), (kept_runs, kept_bytes) = tensor.runs()
     unit_bytes, offset = runs * run_bytes, tensor.source.offset
     if (runs, run_bytes) == (kept_runs, kept_bytes):
-        yield from _read(file, path, offset, n_units * unit_bytes, CHUNK_BYTES)
+        yield from read_pieces(file, path, offset, n_units * unit_bytes, CHUNK_BYTES)
         return
     step = max(1, CHUNK_BYTES // unit_bytes)
     packed = np.empty((min(step, n_units), kept_runs, kept_bytes), dtype=np.uint8)
-    for piece in _read(file, path, offset, n_units * unit_bytes, step * unit_bytes):
+    for piece in read_pieces(file, path, offset, n_units * unit_bytes, step * unit_bytes):
         units = piece.reshape(-1, runs, run_bytes)
         np.copyto(packed[: len(units)], units[:, :kept_runs, :kept_bytes])
         yield packed[: len(units)]
 
 
-def _read(file: FileIO, path: Path, offset: int, n_bytes: int, step: int) -> Iterator[Bytes]:
-    """n_bytes from offset on, in pieces of `step` bytes that share one buffer."""
+def read_pieces(file: FileIO, path: Path, offset: int, n_bytes: int, step: int) -> Iterator[Bytes]:
+    """n_bytes from offset on, in pieces of `step` bytes that share one buffer. Raises SourceError."""
     buffer = np.empty(min(step, n_bytes), dtype=np.uint8)
     try:
         file.seek(offset)
@@ -241,7 +241,7 @@ class SourceCheck:
 
 
 @contextmanager
-def _verified(path: Path, check: SourceCheck | str | None) -> Iterator[None]:
+def verified(path: Path, check: SourceCheck | str | None) -> Iterator[None]:
     """Hash a file while the block runs, unless that is under way; when it ends without an error, wait for the hash and compare."""
     if check is None:
         yield

@@ -4,12 +4,14 @@
     size = elastic.at_budget(70_000_000)
     elastic.cut(size, Path("small.gguf"))
 
-A package is a folder with a manifest; what it says about its files is checked before they are used: side files when it is opened, the
-artifact while it is cut. At rate 0 a cut is the artifact, byte for byte.
+Packages are of a GGUF file, or of an ONNX folder (`edgeq.runtime.onnx_elastic`). A package is a folder with a manifest; what it says about
+its files is checked before they are used: side files when it is opened, the artifact while it is cut. At rate 0 a cut is the artifact, byte
+for byte.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,10 +21,11 @@ from edgeq.elastic import Kept, steps_for_bytes, steps_for_rate
 from edgeq.elastic_files import Elastic, check_is_elastic, read_elastic
 from edgeq.errors import PackageError
 from edgeq.gguf_file import Header, read_header
-from edgeq.package import MANIFEST, ArtifactRecord, Package, check_size, read_package
+from edgeq.package import MANIFEST, MODEL_ONNX, ArtifactRecord, Package, check_size, read_package
 from edgeq.progress import Progress, silent
 from edgeq.runtime.compensated import compensated, planned
 from edgeq.runtime.cut import CutResult, MemoryCut, SourceCheck, cut_gguf, cut_to_memory
+from edgeq.runtime.cut_adapter import cut_adapter, cut_adapter_to_memory
 from edgeq.runtime.cut_plan import Extras, cut_bytes, read_sizes
 
 
@@ -37,18 +40,21 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElasticPackage:
-    """An open elastic package. Sizes of its ladder are those of its artifact. check: of the artifact's hash, if it is under way."""
+class ElasticPackage(ABC):
+    """An open elastic package. Sizes of its ladder are those of its artifact. record: of the file with the weights.
+
+    check: of that file's hash, if it is under way.
+    """
 
     package: Package
     record: ArtifactRecord
-    header: Header
     elastic: Elastic
     check: SourceCheck | None = None
 
     @property
+    @abstractmethod
     def path(self) -> Path:
-        return self.header.path
+        """The GGUF file or model.onnx."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -69,29 +75,72 @@ class ElasticPackage:
         """The cut by the first n_steps steps; its rate is the fraction that they remove."""
         return self._size(n_steps, self.elastic.ladder.removed_fraction(n_steps))
 
+    @property
+    @abstractmethod
+    def adapter_suffix(self) -> str:
+        """How names of its adapters' cuts end."""
+
+    @abstractmethod
     def bytes_of(self, kept: Kept) -> int:
-        """Exact size of the file that a cut writes."""
+        """Exact size of the file that a cut writes; of an ONNX folder, of its graph and weights."""
+
+    @abstractmethod
+    def cut(self, size: Size, target: Path, *, force: bool = False, threads: int | None = None, progress: Progress = silent) -> CutResult:
+        """Write a cut. Raises OutputError, PackageError and SourceError as `cut_gguf`, and as `compensated`; then nothing is written."""
+
+    @abstractmethod
+    def cut_adapter(self, source: Path, target: Path, size: Size, *, force: bool = False) -> CutResult:
+        """Write what is left of an adapter of the artifact at a size of it. Raises as `edgeq.runtime.cut_adapter.cut_adapter`."""
+
+    @abstractmethod
+    def cut_adapter_to_memory(self, source: Path, size: Size) -> MemoryCut:
+        """The same into memory."""
+
+    @abstractmethod
+    def cut_to_memory(self, size: Size, *, threads: int | None = None, progress: Progress = silent) -> MemoryCut:
+        """The same into memory."""
+
+    def _size(self, n_steps: int, rate: float) -> Size:
+        ladder = self.elastic.ladder
+        return Size(rate=rate, removed_fraction=ladder.removed_fraction(n_steps), n_steps=n_steps, kept=ladder.kept(n_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticGguf(ElasticPackage):
+    """A package of a GGUF file."""
+
+    header: Header
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def adapter_suffix(self) -> str:
+        return ".lora.gguf"
+
+    def bytes_of(self, kept: Kept) -> int:
         return cut_bytes(self.header, kept, planned(self.header, self.elastic.hidden, kept))
 
     def cut(self, size: Size, target: Path, *, force: bool = False, threads: int | None = None, progress: Progress = silent) -> CutResult:
-        """Write a cut. Raises OutputError, PackageError and SourceError as `cut_gguf`, and as `compensated`; then nothing is written."""
         with self._extras(size, threads) as extras:
             check = self.check or self.record.sha256
             return cut_gguf(self.header, target, size.kept, extras=extras, sha256=check, force=force, progress=progress)
 
     def cut_to_memory(self, size: Size, *, threads: int | None = None, progress: Progress = silent) -> MemoryCut:
-        """The same into memory."""
         with self._extras(size, threads) as extras:
             return cut_to_memory(self.header, size.kept, extras=extras, sha256=self.check or self.record.sha256, progress=progress)
+
+    def cut_adapter(self, source: Path, target: Path, size: Size, *, force: bool = False) -> CutResult:
+        return cut_adapter(source, target, self.path, size.kept, hidden=self.elastic.hidden, force=force)
+
+    def cut_adapter_to_memory(self, source: Path, size: Size) -> MemoryCut:
+        return cut_adapter_to_memory(source, self.path, size.kept, hidden=self.elastic.hidden)
 
     @contextmanager
     def _extras(self, size: Size, threads: int | None) -> Iterator[Extras]:
         with compensated(self.header, self.elastic.hidden, size.kept, threads=threads) as extras:
             yield extras
-
-    def _size(self, n_steps: int, rate: float) -> Size:
-        ladder = self.elastic.ladder
-        return Size(rate=rate, removed_fraction=ladder.removed_fraction(n_steps), n_steps=n_steps, kept=ladder.kept(n_steps))
 
 
 @contextmanager
@@ -111,26 +160,36 @@ def open_elastic(path: Path, begin_check: Callable[[Path, str], SourceCheck] | N
     begin_check: called with the artifact and its hash as soon as they are known.
     Raises PackageError for what is no elastic package, or a damaged one; SourceError and UnsupportedError as `read_sizes`.
     """
-    if path.is_file():
+    kind = "a single file" if path.is_file() else "an ONNX folder" if (path / MODEL_ONNX).is_file() else None
+    if kind is not None:
         raise PackageError(
-            f"{path} is a single file: what it may be cut to, and what makes up for that, is in the package that it came from. "
+            f"{path} is {kind}: what it may be cut to, and what makes up for that, is in the package that it came from. "
             "Give that folder, or export the model with --elastic."
         )
     package = read_package(path)
     check_is_elastic(package)
+    if package.artifacts[0].format == "onnx":
+        from edgeq.runtime.onnx_elastic import open_onnx_elastic
+
+        return open_onnx_elastic(package, begin_check)
     record = package.artifacts[0]
     artifact = check_size(package, record)
     check = None if begin_check is None else begin_check(artifact, record.sha256)
     elastic = read_elastic(package)
     header = read_header(artifact)
     check_fits(header, elastic)
-    return ElasticPackage(package=package, record=record, header=header, elastic=elastic, check=check)
+    return ElasticGguf(package=package, record=record, header=header, elastic=elastic, check=check)
 
 
 def check_elastic(package: Package) -> None:
     """Raises PackageError when the side files of an elastic package are not of its artifact, or not what they should be."""
     elastic = read_elastic(package)
-    check_fits(read_header(package.artifact_path()), elastic)
+    if package.artifacts[0].format == "onnx":
+        from edgeq.runtime.onnx_elastic import check_onnx_fits
+
+        check_onnx_fits(package.artifact_path(), elastic)
+    else:
+        check_fits(read_header(package.artifact_path()), elastic)
     for layer, model in elastic.hidden.items():
         if len(model.mean) != elastic.ladder.n_ff[layer]:
             raise PackageError(f"{package.folder}: hidden activations of layer {layer} do not have the width of its MLP. Export it again.")

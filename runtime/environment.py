@@ -122,7 +122,7 @@ def nvml() -> Iterator[ModuleType | None]:
 def software() -> dict[str, Any]:
     """Versions of edgeq, Python and the runtime, and what llama.cpp was built with."""
     facts: dict[str, Any] = {"edgeq": edgeq_version, "python": platform.python_version()}
-    facts |= {"llama_cpp": None, "llama_cpp_build": None, "gpu_build": None}
+    facts |= {"llama_cpp": None, "llama_cpp_build": None, "gpu_build": None, "onnxruntime": _onnxruntime()}
     try:
         c = library()
     except MissingDependency:
@@ -131,6 +131,16 @@ def software() -> dict[str, Any]:
     facts["llama_cpp_build"] = c.llama_print_system_info().decode("utf-8", "replace").strip(" |")
     facts["gpu_build"] = c.llama_supports_gpu_offload()
     return facts
+
+
+def _onnxruntime() -> str | None:
+    """Name and version of the build of ONNX Runtime that is installed."""
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _sysctl(name: str) -> str | None:

@@ -30,14 +30,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeq.errors import PackageError, RuntimeFailure, SourceError, UnsupportedError
+from edgeq.errors import PackageError, RuntimeFailure, SourceError, TokenizerError, UnsupportedError
 from edgeq.gate import GateResult, ReferenceScores, Thresholds
 from edgeq.gate_prompts import gate_prompts
 from edgeq.model import Tokenizer
 from edgeq.progress import Progress, silent
+from edgeq.runtime.engine import fitting_n_ctx
 from edgeq.runtime.likelihood import Doubles, Floats, log_sum_exp, row_chunks
 from edgeq.runtime.quality import Agreement, Totals
-from edgeq.runtime.verify import Finding, Tokenization, check_agreement, check_tokenizer, conversation_cases, text_cases, verdict
+from edgeq.runtime.verify import Finding, Tokenization, check_agreement, check_tokenizer, conversation_cases, refused, text_cases, verdict
 from edgeq.runtime.worker import ScoringWorker
 
 TOP = 32
@@ -162,13 +163,13 @@ def _top(logits: Floats, window: Sequence[int]) -> tuple[Ints, npt.NDArray[np.fl
 def check_fingerprint(artifact: Path, fingerprint: Fingerprint, *, threads: int | None = None, progress: Progress = silent) -> GateResult:
     """Judge an artifact by a fingerprint, as `edgeq.runtime.verify.run_gate` does by the model itself, on this machine's CPU.
 
-    Chat templates are not compared: there is no source to render. Raises MissingDependency without llama-cpp-python.
+    Chat templates are not compared: there is no source to render. Raises MissingDependency without the runtime.
     """
     thresholds = fingerprint.thresholds
     try:
-        worker = ScoringWorker(artifact, n_ctx=fingerprint.n_ctx, threads=threads)
-    except (RuntimeFailure, SourceError, UnsupportedError) as err:
-        return verdict("fingerprint", thresholds, [Finding(failures=[str(err)])])
+        worker = ScoringWorker(artifact, n_ctx=fitting_n_ctx(artifact, fingerprint.n_ctx), threads=threads)
+    except (RuntimeFailure, SourceError, TokenizerError, UnsupportedError) as err:
+        return verdict("fingerprint", thresholds, [refused(artifact, err)])
     findings = [Finding({"runtime": f"{worker.facts.library} on CPU"})]
     with worker:
         try:

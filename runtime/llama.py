@@ -19,7 +19,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,9 +36,9 @@ from edgeq.grids import grid
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.gguf_facts import GgufFacts, read_facts
 from edgeq.runtime.memory import kv_bytes
+from edgeq.runtime.token_ids import TokenIds, checked_ids
 
 Floats = npt.NDArray[np.float32]
-TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 ALL_LAYERS = 1 << 30
@@ -115,6 +115,8 @@ class LlamaModel:
         self._vocab = module.llama_model_get_vocab(pointer)
         self._contexts: weakref.WeakSet[LlamaContext] = weakref.WeakSet()
         self._adapters: weakref.WeakSet[LlamaAdapter] = weakref.WeakSet()
+        self._users = 1
+        self.lock = threading.RLock()  # llama.cpp keeps a list of a model's adapters, unguarded
         self._free = weakref.finalize(self, module.llama_model_free, pointer)
 
     @classmethod
@@ -147,8 +149,18 @@ class LlamaModel:
             raise RuntimeFailure(f"{path}: llama.cpp cannot load it. It said: {_errors(lines)}")
         return cls(pointer, facts, c, gpu_layers=gpu_layers, vocab_only=vocab_only, mapped=use_mmap)
 
+    def share(self) -> LlamaModel:
+        """This model, for one more user: `close` then only counts, until the last one calls it."""
+        with self.lock:
+            self._users += 1
+        return self
+
     def close(self) -> None:
-        """Free the model and every context and adapter on it."""
+        """Free the model and every context and adapter on it, unless others use it too: then those are for their owners to close."""
+        with self.lock:
+            self._users = max(0, self._users - 1)
+            if self._users:
+                return
         for context in list(self._contexts):
             context.close()
         for adapter in list(self._adapters):
@@ -202,6 +214,11 @@ class LlamaModel:
         buffer = ctypes.create_string_buffer(256)
         self._c.llama_model_desc(self.pointer, buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def library(self) -> str:
+        """What runs it, such as "llama-cpp-python 0.3.36"."""
+        return f"llama-cpp-python {self._c.__version__}"
 
     @cached_property
     def n_window(self) -> int:
@@ -286,14 +303,7 @@ class LlamaModel:
 
     def check_tokens(self, tokens: TokenIds) -> npt.NDArray[np.int32]:
         """Token ids as int32, every one within the vocabulary. Raises UsageError naming the first that is not."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise UsageError(f"token ids must be a flat sequence of integers, not {ids.dtype} of shape {list(ids.shape)}")
-        outside = np.flatnonzero((ids < 0) | (ids >= self.n_vocab))
-        if outside.size:
-            i = int(outside[0])
-            raise UsageError(f"token {i} is {ids[i]}, but the vocabulary of {self.path.name} has ids 0 to {self.n_vocab - 1}")
-        return np.ascontiguousarray(ids, dtype=np.int32)
+        return checked_ids(tokens, n_vocab=self.n_vocab, path=self.path)
 
 
 class LlamaAdapter:
@@ -311,7 +321,7 @@ class LlamaAdapter:
 
         Raises RuntimeFailure with llama.cpp's own words for a file that it refuses.
         """
-        with _captured() as lines:
+        with model.lock, _captured() as lines:
             pointer = model._c.llama_adapter_lora_init(model.pointer, str(path).encode())
         if not pointer:
             raise RuntimeFailure(f"{path}: llama.cpp cannot load this adapter. It said: {_errors(lines)}")
@@ -632,9 +642,10 @@ def _free_context(c: ModuleType, pointer: int, _model: LlamaModel) -> None:
     c.llama_free(pointer)
 
 
-def _free_adapter(c: ModuleType, pointer: Any, _model: LlamaModel) -> None:
+def _free_adapter(c: ModuleType, pointer: Any, model: LlamaModel) -> None:
     """Holding the model here keeps it until its adapters are gone: with it llama.cpp frees what is left of them."""
-    c.llama_adapter_lora_free(pointer)
+    with model.lock:
+        c.llama_adapter_lora_free(pointer)
 
 
 def _kv_id(model: LlamaModel, n_ctx: int, kv_type: str, flash_attention: bool | None) -> int:

@@ -75,11 +75,11 @@ def perplexity(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of a GGUF file on a text, with a GGUF adapter beside it or without.
+    """Perplexity of a GGUF file or a model.onnx on a text, with a GGUF adapter beside it or without.
 
     The text's token ids, by the artifact's own tokenizer and without added specials, are split into windows of ctx; a last, shorter
     window is dropped. Each of the first `chunks` windows (all if None) is scored alone, positions 1..ctx-1.
-    Raises UsageError when the text is shorter than one window, RuntimeFailure when llama.cpp fails or scores come out non-finite,
+    Raises UsageError when the text is shorter than one window, RuntimeFailure when the runtime fails or scores come out non-finite,
     AdapterError for an adapter that is broken or for another model.
     """
     if ctx < 2 or (chunks is not None and chunks < 1):

@@ -1,6 +1,7 @@
-"""Choosing the next token, in llama.cpp's own sampler chain.
+"""Choosing the next token: in llama.cpp's own sampler chain, and in numpy (`edgeq.runtime.token_draw`) from logits of other runtimes.
 
-Order of the chain as in llama.cpp's tools: top-k, top-p, min-p, temperature, then a draw. Temperature 0 takes the likeliest token.
+Order of the chain as in llama.cpp's tools: top-k, top-p, min-p, temperature, then a draw. Temperature 0 takes the likeliest token. Both
+draw the same tokens from the same logits and seed.
 """
 
 from __future__ import annotations
@@ -9,9 +10,17 @@ import math
 import secrets
 import weakref
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from edgeq.errors import UsageError
+from edgeq.runtime.engine import Context
 from edgeq.runtime.llama import LlamaContext, library
+from edgeq.runtime.token_draw import Twister, candidates, draw
+
+if TYPE_CHECKING:
+    from edgeq.runtime.onnx_context import OnnxContext
 
 _MAX_SEED = 2**32 - 2  # 2**32 - 1 means "draw a seed" to llama.cpp
 
@@ -40,9 +49,27 @@ class Sampling:
 
 
 class Sampler:
-    """A sampler chain. One per generation: a draw advances its random state."""
+    """Chooses tokens on one context for one generation: a draw advances its random state."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, context: Context) -> None:
+        seed = secrets.randbelow(_MAX_SEED + 1) if sampling.seed is None else sampling.seed
+        self._chain: _Chain = (_LlamaChain if isinstance(context, LlamaContext) else _NumpyChain)(sampling, seed)
+
+    def sample(self, context: Context) -> int:
+        """The next token, from the logits of the last decode."""
+        return self._chain.sample(context)
+
+    def close(self) -> None:
+        self._chain.close()
+
+
+class _Chain(Protocol):
+    def sample(self, context: Any) -> int: ...
+    def close(self) -> None: ...
+
+
+class _LlamaChain:
+    def __init__(self, sampling: Sampling, seed: int) -> None:
         c = library()
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self._free = weakref.finalize(self, c.llama_sampler_free, self._chain)
@@ -50,7 +77,6 @@ class Sampler:
         if sampling.temperature == 0:
             parts = [c.llama_sampler_init_greedy()]
         else:
-            seed = secrets.randbelow(_MAX_SEED + 1) if sampling.seed is None else sampling.seed
             parts = [
                 *([c.llama_sampler_init_top_k(sampling.top_k)] if sampling.top_k is not None else []),
                 *([c.llama_sampler_init_top_p(sampling.top_p, 1)] if sampling.top_p is not None else []),
@@ -62,8 +88,22 @@ class Sampler:
             c.llama_sampler_chain_add(self._chain, part)  # the chain owns it from here
 
     def sample(self, context: LlamaContext) -> int:
-        """The next token, from the logits of the last decode."""
         return self._sample(self._chain, context.pointer, -1)
 
     def close(self) -> None:
         self._free()
+
+
+class _NumpyChain:
+    def __init__(self, sampling: Sampling, seed: int) -> None:
+        self._sampling, self._twister = sampling, Twister(seed)
+
+    def sample(self, context: OnnxContext) -> int:
+        s, logits = self._sampling, context.last_logits
+        if s.temperature == 0:
+            return int(logits.argmax())
+        ids, kept = candidates(logits, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        return draw(ids, kept / np.float32(s.temperature), self._twister.uniform())
+
+    def close(self) -> None:
+        """There is nothing to free."""

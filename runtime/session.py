@@ -26,18 +26,17 @@ import numpy.typing as npt
 
 from edgeq.adapter_records import find_adapter, package_adapters
 from edgeq.errors import PackageError, RuntimeFailure, TokenizerError, UsageError
-from edgeq.package import Package, resolve_artifact
+from edgeq.package import Package
 from edgeq.patch_file import read_patch
 from edgeq.runtime.adapter_pool import DEFAULT_BUDGET, AdapterCut, AdapterPool
 from edgeq.runtime.adapters import ActiveAdapters, AdapterChoice, AdapterInfo, Cell, Request, Segment, grouped, scales_of
-from edgeq.runtime.cut_adapter import cut_adapter_to_memory
-from edgeq.runtime.cut_cache import cached_cut, process_cuts
+from edgeq.runtime.cut_cache import cached_cut, cached_model, process_cuts
 from edgeq.runtime.device import parse_device
 from edgeq.runtime.elastic_package import ElasticPackage, Size, open_elastic
+from edgeq.runtime.engine import Facts, Model, default_kv_type, kv_bytes, load_model, new_context, no_patches, open_artifact, read_facts
 from edgeq.runtime.fitting import fitting_size
-from edgeq.runtime.gguf_facts import GgufFacts, read_facts
-from edgeq.runtime.llama import ALL_LAYERS, LlamaContext, LlamaModel
-from edgeq.runtime.memory import Memory, kv_bytes, process_memory
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.memory import Memory, process_memory
 from edgeq.runtime.patch import Patches
 from edgeq.runtime.sampling import Sampler, Sampling
 
@@ -123,22 +122,24 @@ def load(
     kv_type: str | None = None,
     device: str = "cpu",
 ) -> Session:
-    """Load a package folder or a GGUF file for generation.
+    """Load a package folder, a GGUF file or an ONNX folder for generation.
 
     rate: cut an elastic package by this much, in memory; "auto" takes the smallest rate that fits the memory free now; None takes the
     file as it is. adapter: the package's adapter of this name, or the GGUF adapter of this path, or several of them with their scales;
     see `Session.set_adapter`. adapter_budget: bytes that adapters may take in memory. patchable: read the weights into memory instead of
     mapping them, so that patches can be applied. n_ctx: tokens of context; by default what the package was planned for, else the model's
-    own up to 4096. kv_type: of the cache; by default what the package was planned for, else f16. threads: by default every core this
-    process may use. device: "cpu", "cuda" or "cuda:N".
+    own up to 4096. kv_type: of the cache; by default what the package was planned for, else f16; an ONNX graph has one, and no choice.
+    threads: by default every core this process may use. device: "cpu", "cuda" or "cuda:N".
     Raises PackageError, SourceError, UnsupportedError, RuntimeFailure or MissingDependency; PlanError for a rate outside 0 to 0.35, or
     when not even the smallest cut fits; as `set_adapter` for the adapter.
     """
-    artifact, package = resolve_artifact(Path(path))
+    artifact, package = open_artifact(Path(path))
     gpu = parse_device(device)
     facts = read_facts(artifact)
-    n_ctx, kv_type = n_ctx or default_n_ctx(facts, package), kv_type or default_kv_type(package)
-    source, size = _Source(path=Path(path), artifact=artifact, package=package, gpu=gpu, patchable=patchable), None
+    planned = None if package is None else package.manifest["export"].get("kv_type")
+    n_ctx, kv_type = n_ctx or default_n_ctx(facts, package), kv_type or default_kv_type(facts, planned)
+    source = _Source(path=Path(path), artifact=artifact, package=package, gpu=gpu, threads=threads, patchable=patchable)
+    size = None
     if rate == "auto":
         if gpu is not None:
             raise UsageError('rate="auto" looks at the memory of this computer, not at that of a GPU. Give a rate as a number.')
@@ -165,6 +166,7 @@ class _Source:
     artifact: Path
     package: Package | None
     gpu: int | None
+    threads: int | None
     patchable: bool
 
     @property
@@ -175,29 +177,27 @@ class _Source:
     def elastic(self) -> ElasticPackage:
         return open_elastic(self.path)
 
-    def load(self, size: Size | None) -> LlamaModel:
-        """The artifact, or a cut of it. What is loaded from a cut in memory needs it no longer."""
-        cut = cached_cut(self.elastic, size) if size is not None and size.n_steps else None
-        path = self.artifact if cut is None else cut.path
-        gpu_layers = 0 if self.gpu is None else ALL_LAYERS
-        return LlamaModel.load(path, gpu_layers=gpu_layers, main_gpu=self.gpu or 0, use_mmap=not self.patchable)
+    def load(self, size: Size | None) -> Model:
+        """The artifact, or a cut of it, which other sessions may use as well unless it can be patched."""
+
+        def load(path: Path) -> Model:
+            return load_model(path, gpu=self.gpu, threads=self.threads, patchable=self.patchable)
+
+        if size is None or not size.n_steps:
+            return load(self.artifact)
+        return load(cached_cut(self.elastic, size).path) if self.patchable else cached_model(self.elastic, size, self.gpu, load)
 
     def adapter_cut(self, size: Size | None) -> AdapterCut | None:
         """What brings adapters of the artifact to a size of it; None where nothing is cut."""
         if size is None or not size.n_steps:
             return None
-        return lambda path: cut_adapter_to_memory(path, self.artifact, size.kept, hidden=self.elastic.elastic.hidden)
+        return lambda path: self.elastic.cut_adapter_to_memory(path, size)
 
 
-def default_n_ctx(facts: GgufFacts, package: Package | None) -> int:
+def default_n_ctx(facts: Facts, package: Package | None) -> int:
     """The context a package was planned for, else the model's own up to MAX_DEFAULT_N_CTX tokens."""
     planned = package.manifest["export"].get("n_ctx") if package is not None else None
     return planned or min(facts.n_ctx_train, MAX_DEFAULT_N_CTX)
-
-
-def default_kv_type(package: Package | None) -> str:
-    """The type of cache a package was planned for, else f16."""
-    return (package.manifest["export"].get("kv_type") if package is not None else None) or "f16"
 
 
 class Session:
@@ -205,18 +205,18 @@ class Session:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Model,
         *,
         n_ctx: int,
         threads: int | None = None,
-        kv_type: str = "f16",
+        kv_type: str | None = None,
         source: _Source | None = None,
         size: Size | None = None,
         adapter_budget: int = DEFAULT_BUDGET,
     ) -> None:
         self.model = model
         self._source, self._size = source, size
-        self.context = LlamaContext(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, max_outputs=_SCORE_ROWS)
+        self.context = new_context(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, max_outputs=_SCORE_ROWS)
         self.last: Completion | None = None
         cut = None if source is None else source.adapter_cut(size)
         self._active = ActiveAdapters(AdapterPool(model, budget_bytes=adapter_budget, cut=cut), self.context)
@@ -264,16 +264,16 @@ class Session:
                 model = self._source.load(size)
                 try:
                     before = self.context
-                    context = LlamaContext(
+                    context = new_context(
                         model, n_ctx=before.n_ctx, threads=before.threads, kv_type=before.kv_type, max_outputs=_SCORE_ROWS
                     )
                     active = self._active.moved(model, context, self._source.adapter_cut(size))
                 except BaseException:
                     model.close()
                     raise
-                old, self.model, self.context, self._active = self.model, model, context, active
+                self._free()
+                self.model, self.context, self._active = model, context, active
                 self._cached, self._patches = [], None
-                old.close()
             self._size = size
 
     @property
@@ -353,9 +353,7 @@ class Session:
         self._check_open()
         patch = read_patch(Path(path))
         with self._turn():
-            if self._patches is None:
-                self._patches = Patches(self.model)
-            name = self._patches.apply(patch, name=name, scale=scale)
+            name = self._patched().apply(patch, name=name, scale=scale)
             self._cached = []
         return name
 
@@ -363,10 +361,15 @@ class Session:
         """Take a patch back, bit by bit. Empties the cache. Raises UsageError for one that is not applied."""
         self._check_open()
         with self._turn():
-            if self._patches is None:
-                self._patches = Patches(self.model)
-            self._patches.undo(name)
+            self._patched().undo(name)
             self._cached = []
+
+    def _patched(self) -> Patches:
+        if not isinstance(self.model, LlamaModel):
+            raise no_patches(self.model.path)
+        if self._patches is None:
+            self._patches = Patches(self.model)
+        return self._patches
 
     def close(self) -> None:
         """Free model and context, ending this thread's unfinished stream. Closing twice is fine."""
@@ -377,7 +380,13 @@ class Session:
             stream.close()
         with self._turn():
             self._closed = True
-            self.model.close()
+            self._free()
+
+    def _free(self) -> None:
+        """Give up what is this session's own, and its share of the model."""
+        self.context.close()
+        self._active.pool.close()
+        self.model.close()
 
     def __enter__(self) -> Session:
         return self
@@ -536,7 +545,7 @@ class Session:
             began = time.perf_counter()
             reused = self._prefill(ids)
             prefilled = time.perf_counter()
-            sampler, text = Sampler(sampling), _TextBuffer(stops)
+            sampler, text = Sampler(sampling, self.context), _TextBuffer(stops)
             tokens: list[int] = []
             budget = self.n_ctx - len(ids) + 1 if max_tokens is None else max_tokens
             first = prefilled

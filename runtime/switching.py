@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeq.errors import UsageError
-from edgeq.runtime.llama import LlamaAdapter, LlamaContext
+from edgeq.runtime.adapter_formats import AnyAdapter
+from edgeq.runtime.engine import Context
 from edgeq.runtime.session import Session
 
 
@@ -55,7 +56,7 @@ def switch_times(session: Session, adapter: str, *, repeat: int = 5) -> SwitchTi
     return SwitchTimes(**medians, repeat=repeat)
 
 
-def switch_seconds(context: LlamaContext, adapter: LlamaAdapter, *, repeat: int) -> float:
+def switch_seconds(context: Context, adapter: AnyAdapter, *, repeat: int) -> float:
     """What a switch costs on a bare context: median of switched - same, never below 0. The cache is lost, the adapter is set at the end."""
     differences = []
     for _ in range(repeat):

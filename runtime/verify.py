@@ -1,4 +1,4 @@
-"""The parity gate at work: an artifact in llama.cpp, in a child process, against the model it was made from.
+"""The parity gate at work: an artifact in its runtime, in a child process, against the model it was made from.
 
 Three questions: are texts turned into the same token ids as by the source's own tokenizer; do conversations render alike; are the
 logits as close to the reference's as the artifact's grids allow. A package without torch answers the first and the last from its
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeq.chat import render
-from edgeq.errors import AdapterError, RuntimeFailure, SourceError, TokenizerError, UnsupportedError, UsageError
+from edgeq.errors import AdapterError, EdgeqError, RuntimeFailure, SourceError, TokenizerError, UnsupportedError, UsageError
 from edgeq.gate import Fidelity, GateResult, ReferenceScores, Thresholds
 from edgeq.gate_prompts import Conversation, gate_prompts
 from edgeq.model import Tokenizer, Vocabulary
 from edgeq.progress import Progress, silent
+from edgeq.runtime.engine import fitting_n_ctx, runtime_of
 from edgeq.runtime.quality import Agreement, Comparison, perplexity_of
 from edgeq.runtime.worker import ArtifactFacts, ScoringWorker
 
@@ -61,15 +62,15 @@ def run_gate(
     own: the reference on the artifact's own weights, over the first windows of `reference` or all, and limits for that
     (`edgeq.gate.Fidelity`). It finds what the loss of a coarse grid hides, and is not needed where nothing was rounded.
 
-    An artifact that llama.cpp refuses, that kills it or that computes NaN has failed: that is a verdict and no exception.
-    Raises MissingDependency without llama-cpp-python, UsageError when `own` has other windows, and whatever the references raise.
+    An artifact that its runtime refuses, that kills it or that computes NaN has failed: that is a verdict and no exception.
+    Raises MissingDependency without the runtime, UsageError when `own` has other windows, and whatever the references raise.
     """
     if own is not None and [*map(list, own[0].windows)] != [*map(list, reference.windows[: len(own[0].windows)])]:
         raise UsageError("the reference on the artifact's own weights has other windows than the first ones of the reference")
     try:
-        worker = ScoringWorker(artifact, n_ctx=reference.n_ctx, threads=threads)
-    except (RuntimeFailure, SourceError, UnsupportedError) as err:
-        return verdict("logits", thresholds, [Finding(failures=[str(err)])])
+        worker = ScoringWorker(artifact, n_ctx=fitting_n_ctx(artifact, reference.n_ctx), threads=threads)
+    except (RuntimeFailure, SourceError, TokenizerError, UnsupportedError) as err:
+        return verdict("logits", thresholds, [refused(artifact, err)])
     findings = [Finding({"runtime": f"{worker.facts.library} on CPU"})]
     with worker:
         try:
@@ -114,8 +115,13 @@ def _compared(worker: ScoringWorker, reference: ReferenceScores, thresholds: Thr
     return comparison.agreement()
 
 
+def refused(artifact: Path, error: EdgeqError) -> Finding:
+    """An artifact that did not load."""
+    return Finding({"runtime": f"{runtime_of(artifact)} on CPU"}, [str(error)])
+
+
 def verdict(basis: Literal["logits", "fingerprint"], thresholds: Thresholds, findings: Iterable[Finding]) -> GateResult:
-    values: dict[str, Any] = {"runtime": "llama.cpp on CPU"}
+    values: dict[str, Any] = {}
     failures: list[str] = []
     for finding in findings:
         values |= finding.values

@@ -1,4 +1,4 @@
-"""Scoring in a child process: an abort() inside llama.cpp, which no Python can catch, then costs a message and not the export.
+"""Scoring in a child process: an abort() inside a runtime, which no Python can catch, then costs a message and not the export.
 
     with ScoringWorker(path, n_ctx=512) as worker:
         ids = worker.tokenize("Hello", add_special=True)
@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import UsageError
-from edgeq.runtime.adapter_file import check_base, read_adapter
+from edgeq.runtime.adapter_formats import check_base, read_adapter
 from edgeq.runtime.child import Child, ignore
-from edgeq.runtime.gguf_facts import read_facts
+from edgeq.runtime.engine import read_facts, runtime_of
 
 CHILD = "edgeq.runtime._scoring_child"
 PATIENCE_S = 600.0
@@ -35,9 +35,9 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactFacts:
-    """What llama.cpp says about the artifact. bos, eos: their ids, or None; bos_text, eos_text: their spelling, or None.
+    """What its runtime says about the artifact. bos, eos: their ids, or None; bos_text, eos_text: their spelling, or None.
 
-    library: what ran it ("llama-cpp-python 0.3.36"), on `threads` threads.
+    library: what ran it ("llama-cpp-python 0.3.36", "onnxruntime 1.32.0"), on `threads` threads.
     """
 
     architecture: str
@@ -53,13 +53,13 @@ class ArtifactFacts:
 
 
 class ScoringWorker:
-    """One artifact in llama.cpp, in a process of its own, on the CPU.
+    """One artifact in its runtime, in a process of its own, on the CPU.
 
-    adapter: a GGUF adapter to have beside it. n_ctx: tokens of the longest window. n_ubatch: tokens computed together. threads: default is
+    adapter: file of one to have beside it. n_ctx: tokens of the longest window. n_ubatch: tokens computed together. threads: default is
     every core this process may use. patience_s: how long the child may be silent before it counts as hung; it reports after every n_ubatch
     tokens.
 
-    Raises RuntimeFailure when the child dies or hangs, with llama.cpp's last words, after which the worker is closed; and what
+    Raises RuntimeFailure when the child dies or hangs, with the runtime's last words, after which the worker is closed; and what
     loading raises (SourceError, UnsupportedError, MissingDependency; AdapterError for an adapter that is broken or for another model,
     UsageError for an aLoRA). Not for use by two threads at once.
     """
@@ -76,14 +76,16 @@ class ScoringWorker:
     ) -> None:
         self.artifact = Path(artifact)
         if adapter is not None:
-            file = read_adapter(adapter)
-            check_base(file, read_facts(self.artifact))
+            facts = read_facts(self.artifact)
+            file = read_adapter(adapter, facts)
+            check_base(file, facts)
             if file.invocation:
                 raise UsageError(f"{adapter}: an aLoRA acts from its invocation tokens on. It cannot be measured on plain text.")
         self._logits_file = _anonymous_file()
         try:
             handle = self._logits_file.fileno()
-            self._child = Child(CHILD, str(self.artifact), arguments=[str(handle)], inherit=[handle], patience_s=patience_s)
+            subject, runtime = str(self.artifact), runtime_of(self.artifact)
+            self._child = Child(CHILD, subject, runtime=runtime, arguments=[str(handle)], inherit=[handle], patience_s=patience_s)
         except BaseException:
             self._logits_file.close()
             raise

@@ -47,7 +47,7 @@ def read_hf_weights(folder: Path) -> HfWeights:
     if not config_file.is_file():
         raise SourceError(_no_config(folder))
     config = read_config(config_file)
-    stored, files = _stored_tensors(folder)
+    stored, files = stored_tensors(folder)
     quantization = None
     if config.quantization is not None:
         stored, quantization = put_together(stored, config.quantization)
@@ -66,7 +66,7 @@ def _no_config(folder: Path) -> str:
     return f"{folder} has no config.json, so it is not a model folder in Hugging Face layout."
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...]]:
+def stored_tensors(folder: Path) -> tuple[dict[str, StoredTensor], tuple[Path, ...]]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return read_safetensors(single), (single,)

@@ -39,7 +39,7 @@ def read_gguf_tokenizer(header: Header) -> LibraryTokenizer:
     where = str(header.path)
     vocabulary = _read_vocabulary(header, where)
     check_vocabulary(vocabulary, where)
-    return LibraryTokenizer(load(_tokenizer_parts(vocabulary, where), where), vocabulary)
+    return LibraryTokenizer(load(tokenizer_parts(vocabulary, where), where), vocabulary)
 
 
 def _read_vocabulary(header: Header, where: str) -> Vocabulary:
@@ -77,28 +77,33 @@ def _needed(header: Header, key: str, where: str) -> Sequence[Any]:
 
 def tokenizer_json(vocabulary: Vocabulary) -> str:
     """The vocabulary as a `tokenizer.json` that gives the ids llama.cpp gives, BOS and EOS included."""
-    return json.dumps(_tokenizer_parts(vocabulary, "vocabulary"), ensure_ascii=False)
+    return json.dumps(tokenizer_parts(vocabulary, "vocabulary"), ensure_ascii=False)
 
 
-def _tokenizer_parts(vocabulary: Vocabulary, where: str) -> dict[str, Any]:
-    build = _byte_level_parts if vocabulary.kind == "bpe" else _space_parts
+def tokenizer_parts(vocabulary: Vocabulary, where: str, *, as_published: bool = False) -> dict[str, Any]:
+    """The parts of such a `tokenizer.json`.
+
+    as_published: cut text as the model's own files do, where llama.cpp cuts otherwise, and leave bytes that no token has to whoever reads
+    it: those are rare, and the step that llama.cpp's way takes is more than other readers than the library know.
+    """
+    build = _space_parts(vocabulary, where) if vocabulary.kind == "spm" else _byte_level_parts(vocabulary, where, as_published=as_published)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(vocabulary),
-        "post_processor": _post_processor(vocabulary),
-        **build(vocabulary, where),
+        "post_processor": post_processor(vocabulary),
+        **build,
     }
 
 
-def _byte_level_parts(vocabulary: Vocabulary, where: str) -> dict[str, Any]:
+def _byte_level_parts(vocabulary: Vocabulary, where: str, *, as_published: bool) -> dict[str, Any]:
     row = byte_level_row_named(vocabulary.pre, where=where)
     ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    absent = "".join(letter for letter in byte_letters() if letter not in ids)
+    absent = "" if as_published else "".join(letter for letter in byte_letters() if letter not in ids)
     return {
         "normalizer": None,
-        "pre_tokenizer": pre_tokenizer_json(row, absent),
+        "pre_tokenizer": pre_tokenizer_json(row, absent, as_published=as_published),
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "model": _model(ids, [_pair(merge, where) for merge in vocabulary.merges], ignore_merges=row.ignore_merges, byte_fallback=False),
     }
@@ -165,7 +170,8 @@ def _added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     return added
 
 
-def _post_processor(vocabulary: Vocabulary) -> dict[str, Any] | None:
+def post_processor(vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """What puts BOS and EOS around a text, as a part of a `tokenizer.json`; None when the model wants neither."""
     first = [vocabulary.special_ids["bos"]] if vocabulary.add_bos else []
     last = [vocabulary.special_ids["eos"]] if vocabulary.add_eos else []
     if not first + last:

@@ -44,7 +44,7 @@ def read_hf_tokenizer(folder: Path, *, n_vocab: int | None = None) -> LibraryTok
     rows = n_vocab if n_vocab is not None else files.model_config.get("vocab_size", files.text_config.get("vocab_size"))
     rowless = _without_row(tokens, rows, files.where)
     tokens = {id: token for id, token in tokens.items() if id not in rowless}
-    added = [entry for entry in _added_tokens(files) if entry["id"] not in rowless]
+    added = [entry for entry in added_tokens(files) if entry["id"] not in rowless]
     library = load({**files.tokenizer, "added_tokens": added}, files.where)
     types = _types(tokens, added, files)
     specials = read_specials(files, tokens)
@@ -66,7 +66,7 @@ def read_hf_tokenizer(folder: Path, *, n_vocab: int | None = None) -> LibraryTok
     differs = [*differs, *more, *_found_by_spelling(vocabulary)]
     for text in differs:
         log.warning("%s: llama.cpp gives other token ids than the Hugging Face tokenizer for %s", files.where, text)
-    return LibraryTokenizer(library, vocabulary, differs)
+    return LibraryTokenizer(library, vocabulary, differs, folder=folder)
 
 
 def _tokens(files: HfFiles) -> dict[int, str]:
@@ -91,7 +91,7 @@ def _without_row(tokens: Mapping[int, str], rows: int | None, where: str) -> fro
     return frozenset(beyond)
 
 
-def _added_tokens(files: HfFiles) -> Added:
+def added_tokens(files: HfFiles) -> Added:
     """`added_tokens` with the flags of tokenizer_config.json, which win in transformers; special where they are for llama.cpp.
 
     What llama.cpp takes for a control token has to be plain text for the library too when special tokens are not to be parsed.

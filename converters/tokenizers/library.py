@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,15 +38,16 @@ class LibraryTokenizer:
     """A `tokenizers.Tokenizer` and the vocabulary llama.cpp gets for it.
 
     The library's own post-processor is not used: BOS and EOS are those of the vocabulary. differs: on which input llama.cpp is known
-    to give other ids, in words; empty for most models.
+    to give other ids, in words; empty for most models. folder: where its own files lie, in Hugging Face layout.
     """
 
-    def __init__(self, library: Any, vocabulary: Vocabulary, differs: Sequence[str] = ()) -> None:
+    def __init__(self, library: Any, vocabulary: Vocabulary, differs: Sequence[str] = (), *, folder: Path | None = None) -> None:
         library.no_truncation()
         library.no_padding()
         self._library = library
         self.vocabulary = vocabulary
         self.differs = tuple(differs)
+        self.folder = folder
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of a text. Raises TokenizerError for a text that has no UTF-8 form (lone surrogates)."""

@@ -242,14 +242,14 @@ def metaspace_splits(part: Mapping[str, Any] | None) -> bool:
     return any(item.get("type") == "Metaspace" and item.get("split", True) for item in _flat(part, "pretokenizers"))
 
 
-def pre_tokenizer_json(row: ByteLevelRow, absent: str = "") -> dict[str, Any]:
-    """The row as a `pre_tokenizer` that cuts as llama.cpp does.
+def pre_tokenizer_json(row: ByteLevelRow, absent: str = "", *, as_published: bool = False) -> dict[str, Any]:
+    """The row as a `pre_tokenizer` that cuts as llama.cpp does, or as the model's own files do.
 
     absent: letters (bytes, as byte-level merges spell them) that the vocabulary lacks. llama.cpp leaves them out after merging, so
     nothing merges across them; the library would leave them out before.
     """
     steps: list[dict[str, Any]] = []
-    cuts = row.llama_cpp or row.steps
+    cuts = row.steps if as_published else row.llama_cpp or row.steps
     for step in cuts:
         match step:
             case ("digits",):

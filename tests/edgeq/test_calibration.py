@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import TINY_FAMILIES, hf_folder, hf_model
 
 from edgeq import reference
-from edgeq.calibration import importance, sorting_windows, split, windows_of
+from edgeq.calibration import importance, input_ranges, sorting_windows, split, windows_of
 from edgeq.converters.sources.resolve import open_model
 from edgeq.errors import SourceError, UsageError
 from edgeq.families import LINEAR_ROLES, family
@@ -87,6 +87,21 @@ def test_importance_is_the_mean_square_of_each_input(tmp_path: Path, name: str, 
     assert means["head"].std() > 0.01
 
 
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma3"])
+def test_ranges_span_every_input(tmp_path: Path, name: str) -> None:
+    folder = hf_folder(tmp_path, name)
+    ref, inputs = tiny(folder), hooked_inputs(folder, windows())
+    found = input_ranges(ref, windows())
+    row = family(ref.spec.family)
+    assert found.keys() == importance(ref, windows()).keys()
+    for linear, span in found.items():
+        role = linear.rsplit(".", 1)[-1]
+        fused = row.fused_qkv if role in ("wq", "wk", "wv") else row.fused_gate_up
+        stem = row.hf_name(FUSED[role] if fused and role in FUSED else role) if linear != "head" else ""
+        x = inputs["lm_head" if linear == "head" else f"model.{stem.format(i=linear.split('.')[1])}"]
+        np.testing.assert_allclose(span, (x.min(), x.max()), rtol=1e-4, atol=1e-5)
+
+
 def test_importance_is_the_same_every_time(tmp_path: Path) -> None:
     ref = tiny(hf_folder(tmp_path, "llama"))
     first, second = importance(ref, windows()), importance(ref, windows())
@@ -107,11 +122,15 @@ def test_input_that_is_no_number_is_named(tmp_path: Path, bad: float) -> None:
     ref = Reference(model.spec, {**model.tensors, "layers.1.up.weight": broken})
     with pytest.raises(SourceError, match=r"^layers\.1\.down: its input is NaN or infinite in calibration, .* download it again$"):
         importance(ref, windows())
+    with pytest.raises(SourceError, match=r"^layers\.1\.down: its input is NaN or infinite in calibration, .* download it again$"):
+        input_ranges(ref, windows())
 
 
 def test_no_windows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^no calibration windows: give a text of at least one window$"):
         importance(tiny(hf_folder(tmp_path, "llama")), [])
+    with pytest.raises(UsageError, match=r"^no calibration windows: give a text of at least one window$"):
+        input_ranges(tiny(hf_folder(tmp_path, "llama")), [])
 
 
 def test_importance_has_an_entry_for_each_linear_that_runs(tmp_path: Path) -> None:

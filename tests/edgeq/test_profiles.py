@@ -179,7 +179,7 @@ RULES = [
         r'runtime\.gpu_layers is 0, but runtime\.device is "cuda"\. Use device "cpu", or put layers on it\.',
     ),
     ('gpu_layers = "all"', "gpu_layers = -1", r'runtime\.gpu_layers is -1; expected "all" or a whole number of at least 0\.'),
-    ('name = "llama.cpp"', 'name = "vllm"', r"runtime\.name is 'vllm'; expected one of llama\.cpp\."),
+    ('name = "llama.cpp"', 'name = "vllm"', r"runtime\.name is 'vllm'; expected one of llama\.cpp, onnxruntime\."),
     ('"Q8_0", "Q4_K_M"', '"Q8_0", "q4_k_m"', r"export\.grids is .*; 'q4_k_m' is not known; did you mean Q4_K_M\? Known: F32, F16"),
     ('["Q8_0", "Q4_K_M", "Q4_0"]', "[]", r"export\.grids is empty; name at least one, such as Q4_K_M\."),
     (

@@ -348,13 +348,13 @@ import sys, time
 from pathlib import Path
 from edgeq.runtime import cut
 from edgeq.runtime.elastic_package import open_elastic
-real = cut._read
+real = cut.read_pieces
 def slow(*arguments):
     for piece in real(*arguments):
         print("piece", flush=True)
         time.sleep(0.05)
         yield piece
-cut._read = slow
+cut.read_pieces = slow
 elastic = open_elastic(Path(sys.argv[1]))
 elastic.cut(elastic.at_rate(0.2), Path(sys.argv[2]), force=True)
 print("done", flush=True)

@@ -100,7 +100,8 @@ def test_memory_reports_the_cut(package: Path) -> None:
         assert whole.cuts_bytes == 0
         session.set_rate(0.3)
         small = session.memory()
-        assert small.cuts_bytes == open_elastic(package).bytes_of(open_elastic(package).at_rate(0.3).kept)
+        cut = open_elastic(package).bytes_of(open_elastic(package).at_rate(0.3).kept)
+        assert small.cuts_bytes == cut + session.model.size_bytes  # both are kept for the next time
         assert small.model_bytes < whole.model_bytes
         assert small.kv_bytes <= whole.kv_bytes
         assert small.to_json()["rss_shmem"] is None or small.to_json()["rss_shmem"] > 0
@@ -108,14 +109,29 @@ def test_memory_reports_the_cut(package: Path) -> None:
 
 def test_the_second_load_cuts_nothing(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(package, rate=0.25).close()
-    from edgeq.runtime.elastic_package import ElasticPackage
+    from edgeq.runtime.elastic_package import ElasticGguf
 
     def cut(*_: object, **__: object) -> None:
         raise AssertionError("cut again")
 
-    monkeypatch.setattr(ElasticPackage, "cut_to_memory", cut)
+    monkeypatch.setattr(ElasticGguf, "cut_to_memory", cut)
     with load(package, rate=0.25) as session:
         assert session.generate(IDS, max_tokens=2).tokens
+
+
+def test_sessions_share_what_is_loaded(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process_cuts().make_room()
+    first = load(package, rate=0.25)
+    said = first.generate(IDS, max_tokens=4).tokens
+    monkeypatch.setattr(LlamaModel, "load", lambda *_, **__: (_ for _ in ()).throw(AssertionError("loaded again")))
+    with load(package, rate=0.25) as second:
+        assert second.model is first.model
+        first.close()
+        process_cuts().make_room()  # the last user keeps it
+        assert second.generate(IDS, max_tokens=4).tokens == said
+        model = second.model
+    with pytest.raises(RuntimeFailure, match="closed"):
+        LlamaContext(model, n_ctx=32)
 
 
 @pytest.mark.parametrize("part", ["cut", "model", "context"])
@@ -129,8 +145,9 @@ def test_a_failure_leaves_the_session_as_it_was(package: Path, part: str, monkey
 
         with monkeypatch.context() as patch:
             if part == "cut":
-                patch.setattr(module, "cached_cut", fail)
+                patch.setattr(module, "cached_model", fail)
             elif part == "model":
+                process_cuts().make_room()
                 patch.setattr(LlamaModel, "load", fail)
             else:
                 patch.setattr(LlamaContext, "__init__", fail)
