@@ -189,7 +189,7 @@ def _gate(threads: int | None) -> Gate:
         verdict = run_gate(artifact, scores, tokenizer=tokenizer, thresholds=thresholds, own=own, threads=threads, progress=progress)
         passages = passage_windows(tokenizer, n_ctx=n_ctx) if source.kept else []
         for kept in source.kept:
-            verdict = _prove_kept(verdict, artifact, kept, passages, threads=threads, progress=progress)
+            verdict = _prove_kept(verdict, artifact, kept, passages, rope_ctx=source.rope_ctx, threads=threads, progress=progress)
         if source.elastic and verdict.passed:
             verdict = _prove_cut(verdict, artifact, source, threads=threads, progress=progress)
         fingerprint = source.folder / FINGERPRINT
@@ -217,14 +217,21 @@ def _as_written(artifact: Path, spec: ModelSpec) -> Reference:
 
 
 def _prove_kept(
-    verdict: GateResult, artifact: Path, kept: KeptFile, windows: Sequence[Sequence[int]], *, threads: int | None, progress: Progress
+    verdict: GateResult,
+    artifact: Path,
+    kept: KeptFile,
+    windows: Sequence[Sequence[int]],
+    *,
+    rope_ctx: int | None,
+    threads: int | None,
+    progress: Progress,
 ) -> GateResult:
     """The artifact with an adapter beside it, over the passages, by the artifact's own limits."""
     from edgeq.reference import Reference
     from edgeq.reference_scores import TorchScores
     from edgeq.runtime.verify import check_kept
 
-    scores = TorchScores(Reference(kept.reference.spec, kept.reference.tensors), windows, progress=progress)
+    scores = TorchScores(Reference(kept.reference.spec, kept.reference.tensors), windows, n_ctx=rope_ctx, progress=progress)
     found = check_kept(artifact, kept.path, scores, thresholds=verdict.thresholds, threads=threads, progress=progress)
     measured = {kept.name: found.values["fidelity"]} if found.values else {}
     failures = [f"with adapter {kept.name!r}: {failure}" for failure in found.failures]
@@ -285,7 +292,7 @@ def _prove_cut(verdict: GateResult, artifact: Path, source: Source, *, threads: 
         cut = target / MODEL_ONNX if target.is_dir() else target
         spec, tensors = _cut_model(cut, with_sizes(source.stored, size.kept))
         passages = passage_windows(source.tokenizer, n_ctx=n_ctx)
-        scores = TorchScores(Reference(spec, tensors), passages, progress=progress)
+        scores = TorchScores(Reference(spec, tensors), passages, n_ctx=source.rope_ctx, progress=progress)
         found = run_gate(cut, scores, tokenizer=source.tokenizer, thresholds=thresholds, threads=threads, progress=progress)
     finally:
         if target.is_dir():
@@ -389,7 +396,7 @@ def cut(
 def _cut_adapter(elastic: ElasticPackage, adapter: str, size: Size, target: Path, *, force: bool) -> Path:
     """Cut an adapter as its base will be, and return where it is."""
     name, source = find_adapter(elastic.package, adapter)
-    beside = target.with_name(f"{target.stem}-{name}{elastic.adapter_suffix}")
+    beside = target.with_name(f"{target.name.removesuffix(elastic.path.suffix)}-{name}{elastic.adapter_suffix}")
     elastic.cut_adapter(source, beside, size, force=force)
     return beside
 
@@ -429,10 +436,10 @@ def verify(package: str | Path, *, threads: int | None = None, progress: Progres
     Raises PackageError when a file is missing or does not match its hash, or when an elastic package's files do not fit each other;
     AdapterError for an adapter of the package that is broken or does not fit its artifact.
     """
-    from edgeq.runtime.adapter_file import check_base, read_adapter
+    from edgeq.runtime.adapter_formats import check_base, read_adapter
     from edgeq.runtime.elastic_package import check_elastic
+    from edgeq.runtime.engine import read_facts
     from edgeq.runtime.fingerprint import Fingerprint, check_fingerprint
-    from edgeq.runtime.gguf_facts import read_facts
 
     opened = read_package(Path(package))
     if encoder_api.is_encoder_package(opened):
@@ -452,7 +459,8 @@ def verify(package: str | Path, *, threads: int | None = None, progress: Progres
         check_elastic(opened)
     for adapter in adapters:
         check_record(opened, adapter, on_bytes=count)
-        check_base(read_adapter(opened.folder / adapter.path), read_facts(opened.artifact_path()))
+        facts = read_facts(opened.artifact_path())
+        check_base(read_adapter(opened.folder / adapter.path, facts), facts)
     gate = None
     if any(record.path == FINGERPRINT for record in opened.side_files):
         stored = Fingerprint.load(opened.folder / FINGERPRINT)

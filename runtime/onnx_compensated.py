@@ -78,7 +78,8 @@ def onnx_compensated(file: OnnxFile, hidden: Mapping[int, HiddenModel], kept: Ke
 
 def _downs(file: OnnxFile, hidden: Mapping[int, HiddenModel], kept: Kept) -> list[_Down]:
     """Down projections that are compensated, in the order of the file."""
-    stored = {tensor.name: _Stored.of(file, tensor) for tensor in file.proto.graph.initializer if ".mlp.down_proj." in tensor.name}
+    weights = (tensor for tensor in file.proto.graph.initializer if ".mlp.down_proj." in tensor.name and ".lora_" not in tensor.name)
+    stored = {tensor.name: _Stored.of(file, tensor) for tensor in weights}
     downs: list[_Down] = []
     for p in projections(file).values():
         if p.kind != "down_proj" or p.layer not in hidden or kept.n_ff[p.layer] == p.n_in:

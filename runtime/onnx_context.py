@@ -64,7 +64,7 @@ class OnnxContext:
         model._contexts.add(self)
 
     def close(self) -> None:
-        self._graph = None
+        self._graph, self.adapters = None, {}
 
     def __enter__(self) -> OnnxContext:
         return self

@@ -98,7 +98,7 @@ def check_kept(
     `fidelity` of the values is what was measured, if it could be.
     """
     try:
-        with ScoringWorker(artifact, adapter=adapter, n_ctx=reference.n_ctx, threads=threads) as worker:
+        with ScoringWorker(artifact, adapter=adapter, n_ctx=fitting_n_ctx(artifact, reference.n_ctx), threads=threads) as worker:
             found = _compared(worker, reference, thresholds, progress)
     except (AdapterError, RuntimeFailure, SourceError, UnsupportedError) as err:
         return Finding(failures=[str(err)])

@@ -68,8 +68,8 @@ def copy_of(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))
 
 
-def genai_tokens(folder: Path, ids: Sequence[int], n: int) -> list[int]:
-    """Greedy continuation by onnxruntime-genai, up to the first end of generation, which is left out."""
+def genai_tokens(folder: Path, ids: Sequence[int], n: int, *, adapter: Path | None = None) -> list[int]:
+    """Greedy continuation by onnxruntime-genai, with an adapter if one is given, up to the first end of generation, which is left out."""
     import onnxruntime_genai as og
 
     model = og.Model(str(folder))
@@ -78,6 +78,10 @@ def genai_tokens(folder: Path, ids: Sequence[int], n: int) -> list[int]:
     shared, ends = described["search"]["past_present_share_buffer"], described["model"]["eos_token_id"]
     parameters.set_search_options(max_length=len(ids) + n, do_sample=False, past_present_share_buffer=shared)
     generator = og.Generator(model, parameters)
+    if adapter is not None:
+        adapters = og.Adapters(model)
+        adapters.load(str(adapter), "adapter")
+        generator.set_active_adapter(adapters, "adapter")
     generator.append_tokens(np.array(ids, dtype=np.int32))
     tokens: list[int] = []
     while len(tokens) < n:
