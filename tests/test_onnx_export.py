@@ -19,7 +19,7 @@ from tiny_quantized import awq, bnb4, gptq, quantize
 import edgeq
 from edgeq.converters.onnx.read import read_weights
 from edgeq.converters.sources.resolve import open_model
-from edgeq.errors import PackageError, PlanError, UnsupportedError, UsageError
+from edgeq.errors import PackageError, PlanError, UnsupportedError
 from edgeq.package import check_files, read_package
 from edgeq.runtime.onnx_context import OnnxContext
 from edgeq.runtime.onnx_model import OnnxModel
@@ -208,18 +208,6 @@ def test_adapters_are_merged(llama: Path, tmp_path: Path) -> None:
     assert (entry["name"], entry["disposition"]) == ("sql", "merge")
     plain = export(llama, output=tmp_path / "plain", quant="fp32", verify=False)
     assert plain.artifacts[1].sha256 != result.artifacts[1].sha256
-
-
-def test_adapters_cannot_be_kept(llama: Path, tmp_path: Path) -> None:
-    adapters = [tmp_path / name for name in ("sql", "poems")]
-    for seed, folder in enumerate(adapters):
-        lora_folder(folder, llama, seed=seed)
-    said = r"adapter 'sql' cannot be kept: a graph has no place for it\. Merge it \(--adapters merge\), or choose --format gguf\."
-    with pytest.raises(UsageError, match=said):
-        export(llama, output=tmp_path / "out", adapters=adapters[:1], adapter_mode="keep")
-    with pytest.raises(UsageError, match=said):
-        export(llama, output=tmp_path / "out", adapters=adapters)
-    assert not (tmp_path / "out").exists()
 
 
 def test_quants_of_gguf_are_unknown_to_onnx(llama: Path, tmp_path: Path) -> None:

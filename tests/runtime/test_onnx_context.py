@@ -20,9 +20,11 @@ from tiny import N_VOCAB
 
 from edgeq.errors import AdapterError, MissingDependency, PlanError, RuntimeFailure, TokenizerError, UsageError
 from edgeq.model import Model
+from edgeq.onnx_adapter_file import write_onnx_adapter
 from edgeq.reference import Reference
 from edgeq.runtime import onnx_context, onnx_model
 from edgeq.runtime.likelihood import Floats
+from edgeq.runtime.onnx_adapters import OnnxAdapter
 from edgeq.runtime.onnx_context import OnnxContext
 from edgeq.runtime.onnx_model import OnnxModel
 
@@ -179,10 +181,17 @@ def test_bad_context_arguments(model: OnnxModel, monkeypatch: pytest.MonkeyPatch
         OnnxContext(model, n_ctx=N_CTX)
 
 
-def test_no_adapters(context: OnnxContext) -> None:
+def test_no_adapters(context: OnnxContext, tmp_path: Path) -> None:
+    """A graph without places runs as before, and refuses a file."""
     context.set_adapters({})
-    with pytest.raises(AdapterError, match=r"this graph takes no adapters. Export the model with the adapter merged"):
-        context.set_adapters({"sql": 1.0})
+    assert not context.model.facts.places
+    path = tmp_path / "sql.onnx_adapter"
+    values = {f"{name}.lora_{half}.weight": np.ones((2, 2), np.float32) for name in ("model.layers.0.mlp.up_proj",) for half in "AB"}
+    write_onnx_adapter(path, values, plan="")
+    with pytest.raises(
+        AdapterError, match=r"has no place for adapters. Export the model with the adapter kept \(--adapters keep\) or merged"
+    ):
+        OnnxAdapter.load(context.model, path)
 
 
 def test_float16(tmp_path: Path) -> None:
