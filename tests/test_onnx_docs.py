@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft_folders import lora_folder
 from tiny import hf_folder
 
 from edgeq.converters.onnx.quants import QUANT_NAMES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "onnx.md").read_text(encoding="utf-8")
 BLOCKS = [[line[4:] for line in block.splitlines()] for block in re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)]
-FIRST, SECOND = (next(block for block in BLOCKS if block[0].startswith(word)) for word in ("edgeq ", "import "))
+FIRST, THIRD = (block for block in BLOCKS if block[0].startswith("edgeq "))
+SECOND = next(block for block in BLOCKS if block[0].startswith("import "))
 
 
 def test_commands_and_python_run(tmp_path):
@@ -31,6 +33,17 @@ def test_commands_and_python_run(tmp_path):
     names = [name.strip(",/") for line in drawn[1].splitlines() for name in line.split("  " * 4)[0].split()]
     for name in (name for name in names if "." in name or name.startswith("my-")):
         assert list((tmp_path / "my-onnx").rglob(name)), name
+
+
+def test_commands_with_adapters_run(tmp_path):
+    model = hf_folder(tmp_path / "my-model", "llama", head_dim=32)
+    lora_folder(tmp_path / "my-adapter", model)
+    assert len(THIRD) == 3
+    for line in THIRD:
+        done = subprocess.run([sys.executable, "-m", "edgeq.cli", *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr)
+    assert (tmp_path / "my-tuned" / "adapters" / "sql.onnx_adapter").is_file()
+    assert (tmp_path / "my-smaller-sql.onnx_adapter").is_file()
 
 
 def test_every_name_of_a_number_format_is_in_the_table():
