@@ -1,7 +1,7 @@
 """What ONNX packages are worth: beside onnxruntime-genai's own builder, in onnxruntime-genai, cut, and in the memory that an export takes.
 
-    python benchmarks/onnx.py --work DIR --text FILE [--model demo] [--quant int4-full] [--tables builder,speed,greedy,cuts,memory]
-                              [--ctx 1024] [--chunks 8] [--rounds 7] [-o results.json]
+    python benchmarks/onnx.py --work DIR --text FILE [--model demo] [--quant int4-full] [--tables builder,speed,greedy,cuts,adapters,memory]
+                              [--adapter PATH] [--ctx 1024] [--chunks 8] [--rounds 7] [-o results.json]
 
 builder  the same weights by `onnxruntime_genai.models.builder` (int4, blocks of 32) and by `edgeq export`: seconds, peak memory, bytes, and
          perplexity of both on the second half of the text, by `edgeq eval`
@@ -9,6 +9,7 @@ speed    prefill of 512 tokens and decoding of 128 of both through onnxruntime-g
          to the builder's is the median over rounds, with a bootstrap interval
 greedy   64 tokens on ten prompts: onnxruntime-genai on our folder beside `edgeq.load`
 cuts     perplexity of elastic packages in ONNX and GGUF cut at the same rates, calibrated on the first half of the text
+adapters what places for an adapter (--adapter, of the model) cost when none is set, and when it is; the time of a switch
 memory   peak of exporting a model of random weights of the shape of a 1B Llama
 
 Packages in DIR are used again. Exit status 1 when a limit is missed: perplexity above the builder's, an interval of speed that ends below
@@ -35,8 +36,9 @@ from edgeq.gate_prompts import gate_prompts
 from edgeq.package import read_package
 
 PROFILE = "laptop-cpu"
-TABLES = ("builder", "speed", "greedy", "cuts", "memory")
+TABLES = ("builder", "speed", "greedy", "cuts", "adapters", "memory")
 PROMPT_TOKENS, GEN_TOKENS, GREEDY_TOKENS, PROMPTS = 512, 128, 64, 10
+COST_LIMIT = 0.98  # speed of a graph with places that nothing takes, beside one without
 CUT_RATES = (0.0, 0.15, 0.25)
 PEAK_LIMIT = 4 << 30
 N_EMBD, N_FF, N_HEADS, N_KV, N_LAYERS = 2048, 8192, 32, 8, 16  # with a head of 64: Llama 3.2 1B but for its vocabulary
@@ -216,6 +218,30 @@ def cuts_table(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
     return rows | {"ok": True}
 
 
+def adapters_table(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
+    if arguments.adapter is None:
+        raise SystemExit("error: the table of adapters needs one: give --adapter, or leave the table out of --tables")
+    options = ("--format", "onnx", "--fixed", "--no-verify")
+    plain, *_ = exported(arguments.work, arguments.model, arguments.quant, *options)
+    beside = ("--adapter", f"{arguments.adapter}=tuned", "--adapters", "keep")
+    kept, *_ = exported(arguments.work, arguments.model, arguments.quant, *options, *beside, name=f"edgeq-{arguments.quant}-kept")
+    sizes = {"prompt_tokens": PROMPT_TOKENS, "gen_tokens": GEN_TOKENS, "repeat": arguments.rounds}
+    alone, off = edgeq.bench([plain, kept], **sizes)
+    (on,) = edgeq.bench([kept], adapter="tuned", **sizes)
+    pairs = zip(off.samples["repeats"], alone.samples["repeats"], strict=True)
+    ratios = np.array([without["decode_s"] / with_places["decode_s"] for with_places, without in pairs])
+    again = np.median(np.random.default_rng(0).choice(ratios, size=(2000, len(ratios))), axis=1)
+    low, high = np.percentile(again, [2.5, 97.5])
+    speeds = {"without": alone.decode_tok_s, "off": off.decode_tok_s, "on": on.decode_tok_s}
+    print("adapters " + "   ".join(f"{name} {speed:.1f} tok/s" for name, speed in speeds.items()), flush=True)
+    print(
+        f"adapters off beside without: {np.median(ratios):.3f} ({low:.3f} to {high:.3f}); a switch takes {on.adapter_switch_ms:.2f} ms",
+        flush=True,
+    )
+    found = {"ratio_off": float(np.median(ratios)), "low": low, "high": high, "switch_ms": on.adapter_switch_ms}
+    return {**speeds, **found, "ok": bool(high >= COST_LIMIT)}
+
+
 def random_model(folder: Path, tokenizer: Path) -> None:
     """A Hugging Face folder of random bfloat16 weights, with somebody else's tokenizer."""
     import torch
@@ -270,6 +296,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--quant", default="int4-full", help="of ours; the builder puts embedding and head in 4 bits too")
     parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--adapter", type=Path, help="an adapter of the model, in PEFT's layout: see train_adapters.py")
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
@@ -285,6 +312,7 @@ def main() -> int:
         "speed": speed_table,
         "greedy": greedy_table,
         "cuts": cuts_table,
+        "adapters": adapters_table,
         "memory": memory_table,
     }
     try:
