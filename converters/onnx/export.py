@@ -36,6 +36,7 @@ from edgeq.converters.onnx.cuttable import elastic_grids, elastic_model, find_cu
 from edgeq.converters.onnx.decoder import decoder
 from edgeq.converters.onnx.genai import GENAI_FILE, genai_config, shares_buffer, to_bytes
 from edgeq.converters.onnx.lora import places_for
+from edgeq.converters.onnx.lowering import describe, lowerings
 from edgeq.converters.onnx.names import canonical_name, module_name
 from edgeq.converters.onnx.quants import OnnxQuant, auto_names, choose_grids, fallback_notes, is_quantized, onnx_quant
 from edgeq.converters.onnx.tokenizer_files import tokenizer_files
@@ -129,7 +130,8 @@ class OnnxCarrier:
             except PlanError as err:
                 refused = err
             else:
-                return plan.with_notes(*fallback_notes(chosen, model, choose(chosen, model=model, half=half)))
+                lowered = describe(lowerings(model.spec))
+                return plan.with_notes(*lowered, *fallback_notes(chosen, model, choose(chosen, model=model, half=half)))
         assert refused is not None
         raise refused
 
