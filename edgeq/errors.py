@@ -2,6 +2,7 @@
 
     EdgeqError
     ├── UsageError          the command or call itself makes no sense (exit 2)
+    │   └── ContextOverflow a prompt, with what is to follow it, does not fit the context
     ├── SourceError         a model folder or file is missing, broken or contradicts itself
     ├── UnsupportedError    a family, tensor, config value or grid that no row of ours describes
     ├── TokenizerError      a tokenizer or chat template is missing, broken or not described
@@ -12,6 +13,7 @@
     ├── OutputError         the output exists, equals an input, or cannot be written
     ├── PackageError        a package's manifest or artifact is broken or does not match its hash
     ├── RuntimeFailure      llama.cpp refused or died; carries what it said
+    ├── QueueFull           as many requests wait as may; try again later
     ├── GateError           the exported model does not match its reference
     └── MissingDependency   an optional part of edgeq is not installed
 
@@ -29,6 +31,10 @@ class EdgeqError(Exception):
 
 class UsageError(EdgeqError):
     exit_code = 2
+
+
+class ContextOverflow(UsageError):
+    pass
 
 
 class SourceError(EdgeqError):
@@ -68,6 +74,10 @@ class PackageError(EdgeqError):
 
 
 class RuntimeFailure(EdgeqError):
+    pass
+
+
+class QueueFull(EdgeqError):
     pass
 
 

@@ -16,10 +16,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 from edgeq.errors import UsageError
 from edgeq.runtime.adapter_pool import AdapterCut, AdapterPool
-from edgeq.runtime.engine import Context, Model
+from edgeq.runtime.engine import Model
 
 Key = tuple[tuple[str, int, float], ...]
 Cell = tuple[int, Key]
@@ -83,10 +84,16 @@ def scales_of(choice: AdapterChoice) -> dict[str, float]:
     return {name: float(scales[name]) for name in sorted(scales) if scales[name]}
 
 
+class Adaptable(Protocol):
+    """What adapters are put on: a context."""
+
+    def set_adapters(self, scales: Mapping[Any, float]) -> None: ...
+
+
 class ActiveAdapters:
     """The adapters set on a session: acquired from the pool, put on the context piece by piece of a prompt."""
 
-    def __init__(self, pool: AdapterPool, context: Context) -> None:
+    def __init__(self, pool: AdapterPool, context: Adaptable) -> None:
         self.pool, self._context = pool, context
         self._scales: dict[str, float] = {}
 
@@ -115,7 +122,7 @@ class ActiveAdapters:
             raise
         self._scales = scales
 
-    def moved(self, model: Model, context: Context, cut: AdapterCut | None) -> ActiveAdapters:
+    def moved(self, model: Model, context: Adaptable, cut: AdapterCut | None) -> ActiveAdapters:
         """The same adapters, and the same of them set, on another size of the model. Raises as `AdapterPool.add` and `set`."""
         pool = AdapterPool(model, budget_bytes=self.pool.budget_bytes, cut=cut)
         for name in self.pool.files:

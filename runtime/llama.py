@@ -149,6 +149,14 @@ class LlamaModel:
             raise RuntimeFailure(f"{path}: llama.cpp cannot load it. It said: {_errors(lines)}")
         return cls(pointer, facts, c, gpu_layers=gpu_layers, vocab_only=vocab_only, mapped=use_mmap)
 
+    def grammar_sampler(self, grammar: str) -> Any:
+        """A sampler that holds answers to a GBNF grammar with a rule "root", for its caller to free. Raises UsageError."""
+        with _captured() as lines:
+            sampler = self._c.llama_sampler_init_grammar(self._vocabulary, grammar.encode(), b"root")
+        if not sampler:
+            raise UsageError(f"llama.cpp does not take the grammar. It said: {_errors(lines)}")
+        return sampler
+
     def share(self) -> LlamaModel:
         """This model, for one more user: `close` then only counts, until the last one calls it."""
         with self.lock:
@@ -350,10 +358,10 @@ class State:
 
 
 class LlamaContext:
-    """A KV cache for one sequence, and the means to fill it.
+    """A KV cache for one sequence, and the means to fill it; or room for several (`edgeq.runtime.lanes`).
 
-    n_ctx: tokens that fit (llama.cpp rounds its cells up to a multiple of 256). n_batch: most tokens per llama_decode; longer
-    input is split. n_ubatch: most tokens computed together. threads: default is every core this process may use.
+    n_ctx: tokens that fit, of each of n_seq sequences (llama.cpp rounds its cells up to a multiple of 256). n_batch: most tokens per
+    llama_decode; longer input is split. n_ubatch: most tokens computed together. threads: default is every core this process may use.
     kv_type: number format of keys and values, one of KV_TYPES. flash_attention: None leaves it to llama.cpp.
     max_outputs: most logits rows that one decode may return (default n_batch); llama.cpp reserves memory for that many.
     """
@@ -369,22 +377,23 @@ class LlamaContext:
         kv_type: str = "f16",
         flash_attention: bool | None = None,
         max_outputs: int | None = None,
+        n_seq: int = 1,
     ) -> None:
         if model.vocab_only:
             raise UsageError(f"{model.path} was loaded with vocab_only, without weights. Load it in full to decode.")
         threads = usable_cores() if threads is None else threads
-        for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("threads", threads)):
+        for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("threads", threads), ("n_seq", n_seq)):
             if value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
-        self.model, self.n_ctx, self.threads, self.kv_type = model, n_ctx, threads, kv_type
-        self.n_batch = min(n_batch, n_ctx)
+        self.model, self.n_ctx, self.threads, self.kv_type, self.n_seq = model, n_ctx, threads, kv_type, n_seq
+        self.n_batch = max(min(n_batch, n_ctx * n_seq), n_seq)
         self.n_ubatch = min(n_ubatch, self.n_batch)
         self.max_outputs = min(max_outputs or self.n_batch, self.n_batch)
         self._c = model._c
         pointer = self._create(flash_attention)
         self._open: int | None = pointer
         self._memory = self._c.llama_get_memory(pointer)
-        self._batch = _Batch(self._c, self.n_batch)
+        self._batch = Batch(self._c, self.n_batch)
         self._n_past = 0
         self.adapters: Mapping[LlamaAdapter, float] = {}
         self._free = weakref.finalize(self, _free_context, self._c, pointer, model)
@@ -393,10 +402,11 @@ class LlamaContext:
     def _create(self, flash_attention: bool | None) -> int:
         c, model = self._c, self.model
         params = c.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = self.n_ctx, self.n_batch, self.n_ubatch
+        params.n_ctx, params.n_batch, params.n_ubatch = self._cells, self.n_batch, self.n_ubatch
+        params.n_seq_max, params.kv_unified = self.n_seq, False  # each sequence has cells of its own
         params.n_outputs_max = self.max_outputs
         params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = _kv_id(model, self.n_ctx, self.kv_type, flash_attention)
+        params.type_k = params.type_v = _kv_id(model, self._cells, self.kv_type, flash_attention)
         params.flash_attn_type = {
             None: c.LLAMA_FLASH_ATTN_TYPE_AUTO,
             True: c.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -412,6 +422,16 @@ class LlamaContext:
                 f"It said: {_errors(lines)}"
             )
         return pointer
+
+    @property
+    def _cells(self) -> int:
+        """Of all sequences; llama.cpp gives each a multiple of 256."""
+        return self.n_ctx if self.n_seq == 1 else self.n_seq * -(-self.n_ctx // 256) * 256
+
+    @property
+    def memory(self) -> Any:
+        """llama.cpp's handle of the cache."""
+        return self._memory
 
     def close(self) -> None:
         self._open, self.adapters = None, {}
@@ -599,17 +619,18 @@ class LlamaContext:
         self._n_past = state.n_past
 
 
-class _Batch:
-    """A llama_batch of one sequence over memory of our own, filled in place."""
+class Batch:
+    """A llama_batch over memory of our own, filled in place. Each token is of one sequence."""
 
     def __init__(self, c: ModuleType, size: int) -> None:
         self.tokens = np.zeros(size, dtype=np.int32)
         self.positions = np.zeros(size, dtype=np.int32)
         self.wanted = np.zeros(size, dtype=np.int8)
         self._counts = np.ones(size, dtype=np.int32)
-        self._sequence = ctypes.c_int32(0)
-        self._sequences = (ctypes.POINTER(ctypes.c_int32) * size)(*[ctypes.pointer(self._sequence)] * size)
+        self.sequences = np.zeros(size, dtype=np.int32)
         ints = ctypes.POINTER(ctypes.c_int32)
+        first = self.sequences.ctypes.data
+        self._sequences = (ints * size)(*(ctypes.cast(first + 4 * i, ints) for i in range(size)))
         self.c = c.llama_batch(
             n_tokens=0,
             token=self.tokens.ctypes.data_as(ints),
@@ -620,10 +641,10 @@ class _Batch:
             logits=self.wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def filled(self, ids: npt.NDArray[np.int32], start: int, outputs: Literal["last", "all", "none"]) -> Any:
+    def filled(self, ids: npt.NDArray[np.int32], start: int, outputs: Literal["last", "all", "none"], sequence: int = 0) -> Any:
         n = len(ids)
         assert 0 < n <= len(self.tokens)
-        self.tokens[:n] = ids
+        self.tokens[:n], self.sequences[:n] = ids, sequence
         self.positions[:n] = np.arange(start, start + n)
         self.wanted[:n] = outputs == "all"
         self.wanted[n - 1] = outputs != "none"

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgeq.errors import UsageError
 from edgeq.runtime.engine import Context
+from edgeq.runtime.grammar import grammar_sampler
 from edgeq.runtime.llama import LlamaContext, library
 from edgeq.runtime.token_draw import Twister, candidates, draw
 
@@ -27,13 +28,14 @@ _MAX_SEED = 2**32 - 2  # 2**32 - 1 means "draw a seed" to llama.cpp
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. top_k, top_p, min_p: None is off. seed: None draws one."""
+    """How to sample. top_k, top_p, min_p: None is off. seed: None draws one. grammar: GBNF that was checked; llama.cpp only."""
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -53,23 +55,23 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, context: Context) -> None:
         seed = secrets.randbelow(_MAX_SEED + 1) if sampling.seed is None else sampling.seed
-        self._chain: _Chain = (_LlamaChain if isinstance(context, LlamaContext) else _NumpyChain)(sampling, seed)
+        self._chain: _Chain = _LlamaChain(sampling, seed, context) if isinstance(context, LlamaContext) else _NumpyChain(sampling, seed)
 
-    def sample(self, context: Context) -> int:
-        """The next token, from the logits of the last decode."""
-        return self._chain.sample(context)
+    def sample(self, context: Context, row: int = -1) -> int:
+        """The next token, from the logits of the last decode; of the token at place `row` of its batch, in llama.cpp."""
+        return self._chain.sample(context, row)
 
     def close(self) -> None:
         self._chain.close()
 
 
 class _Chain(Protocol):
-    def sample(self, context: Any) -> int: ...
+    def sample(self, context: Any, row: int) -> int: ...
     def close(self) -> None: ...
 
 
 class _LlamaChain:
-    def __init__(self, sampling: Sampling, seed: int) -> None:
+    def __init__(self, sampling: Sampling, seed: int, context: LlamaContext) -> None:
         c = library()
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self._free = weakref.finalize(self, c.llama_sampler_free, self._chain)
@@ -84,11 +86,13 @@ class _LlamaChain:
                 c.llama_sampler_init_temp(sampling.temperature),
                 c.llama_sampler_init_dist(seed),
             ]
+        if sampling.grammar is not None:
+            parts.insert(0, grammar_sampler(context.model, sampling.grammar))
         for part in parts:
             c.llama_sampler_chain_add(self._chain, part)  # the chain owns it from here
 
-    def sample(self, context: LlamaContext) -> int:
-        return self._sample(self._chain, context.pointer, -1)
+    def sample(self, context: LlamaContext, row: int) -> int:
+        return self._sample(self._chain, context.pointer, row)
 
     def close(self) -> None:
         self._free()
@@ -98,7 +102,7 @@ class _NumpyChain:
     def __init__(self, sampling: Sampling, seed: int) -> None:
         self._sampling, self._twister = sampling, Twister(seed)
 
-    def sample(self, context: OnnxContext) -> int:
+    def sample(self, context: OnnxContext, row: int) -> int:
         s, logits = self._sampling, context.last_logits
         if s.temperature == 0:
             return int(logits.argmax())

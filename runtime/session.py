@@ -10,12 +10,11 @@ A session serves one call at a time: another thread waits for its turn, and the 
 
 from __future__ import annotations
 
-import codecs
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,77 +24,49 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.adapter_records import find_adapter, package_adapters
-from edgeq.errors import PackageError, RuntimeFailure, TokenizerError, UsageError
+from edgeq.errors import ContextOverflow, PackageError, RuntimeFailure, TokenizerError, UsageError
 from edgeq.package import Package
 from edgeq.patch_file import read_patch
 from edgeq.runtime.adapter_pool import DEFAULT_BUDGET, AdapterCut, AdapterPool
 from edgeq.runtime.adapters import ActiveAdapters, AdapterChoice, AdapterInfo, Cell, Request, Segment, grouped, scales_of
+from edgeq.runtime.answer import Answer, Completion, Timings
 from edgeq.runtime.cut_cache import cached_cut, cached_model, process_cuts
 from edgeq.runtime.device import parse_device
 from edgeq.runtime.elastic_package import ElasticPackage, Size, open_elastic
 from edgeq.runtime.engine import Facts, Model, default_kv_type, kv_bytes, load_model, new_context, no_patches, open_artifact, read_facts
 from edgeq.runtime.fitting import fitting_size
+from edgeq.runtime.grammar import check_grammar, gbnf
 from edgeq.runtime.llama import LlamaModel
 from edgeq.runtime.memory import Memory, process_memory
 from edgeq.runtime.patch import Patches
 from edgeq.runtime.sampling import Sampler, Sampling
 
 MAX_DEFAULT_N_CTX = 4096
+EXACT_STEP = 512  # a batch of llama.cpp's; see `Session.exact`
 _SCORE_ROWS = 64  # logits rows a session asks for at once: llama.cpp reserves memory for that many
 
-FinishReason = Literal["stop", "length"]
 Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Where the time of a generation went, in seconds.
+class Ask:
+    """A prompt in tokens, and how to answer it. budget: most tokens that the answer may have."""
 
-    prompt_tokens: length of the prompt; reused_tokens: those of them that were in the cache already. prefill_s: computing the rest.
-    ttft_s: from the call to the first token. decode_s: all tokens after the first.
-    """
+    ids: list[int]
+    budget: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    stop_tokens: frozenset[int]
 
-    prompt_tokens: int
-    reused_tokens: int
-    prefill_s: float
-    ttft_s: float
-    decode_s: float
-    new_tokens: int
-
-    @property
-    def prefill_tok_s(self) -> float | None:
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s else None
-
-    @property
-    def decode_tok_s(self) -> float | None:
-        """Tokens after the first per second; None when there are none."""
-        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "prefill_tok_s": self.prefill_tok_s, "decode_tok_s": self.decode_tok_s}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What a generation produced. tokens: every sampled id but an end-of-generation one; text: without the stop string.
-
-    finish_reason: "stop" for an end-of-generation token or a stop string, "length" when max_tokens or the context ran out.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    timings: Timings
-
-    def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "tokens": list(self.tokens), "finish_reason": self.finish_reason, "timings": self.timings.to_json()}
+    def answer(self, model: Model) -> Answer:
+        return Answer(model, budget=self.budget, stops=self.stops, stop_tokens=self.stop_tokens)
 
 
 class Stream(Iterator[str]):
     """Text pieces of a running generation. `completion` is None until the last piece has been taken. Closing it early frees the session."""
 
-    def __init__(self, pieces: Generator[str, None, Completion]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Generator[str, None, Completion], cancelled: threading.Event) -> None:
+        self._pieces, self._cancelled = pieces, cancelled
         self.completion: Completion | None = None
 
     def __next__(self) -> str:
@@ -105,6 +76,10 @@ class Stream(Iterator[str]):
             if end.value is not None:
                 self.completion = end.value
             raise StopIteration from None
+
+    def cancel(self) -> None:
+        """From any thread: let the generation end before its next token; it then has a completion, which says so."""
+        self._cancelled.set()
 
     def close(self) -> None:
         self._pieces.close()
@@ -201,7 +176,12 @@ def default_n_ctx(facts: Facts, package: Package | None) -> int:
 
 
 class Session:
-    """A model with a context. Made by `load`; owns the model and closes it. source, size: for models that can be cut."""
+    """A model with a context. Made by `load`; owns the model and closes it. source, size: for models that can be cut.
+
+    exact: compute a prompt's tokens in the same batches whatever is cached, so that an answer does not depend on what came before: kernels
+    round a token's sums otherwise when others stand beside it. Less is reused then: whole runs of EXACT_STEP tokens of earlier prompts,
+    and nothing that was generated.
+    """
 
     def __init__(
         self,
@@ -222,6 +202,8 @@ class Session:
         self._active = ActiveAdapters(AdapterPool(model, budget_bytes=adapter_budget, cut=cut), self.context)
         self._patches: Patches | None = None
         self._cached: list[Cell] = []
+        self._n_prefilled = 0  # tokens of the cache that were computed as parts of a prompt
+        self.exact = False
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._stream: Callable[[], Stream | None] = lambda: None  # the last stream, while someone still holds it
@@ -332,6 +314,13 @@ class Session:
                 if name in records and name not in self._active.pool.files:
                     self._active.pool.add(find_adapter(self._package, name)[1], name)
 
+    def know_package_adapters(self) -> None:
+        """Read all adapters of the package, so that they are known by name. Raises AdapterError for one that does not fit."""
+        self._check_open()
+        with self._turn():
+            if self._package is not None:
+                self._know(dict.fromkeys(package_adapters(self._package), 1.0))
+
     def _open_adapters(self, adapter: AdapterChoice) -> None:
         """Set adapters that may be given by their files' paths too."""
         scales = {}
@@ -394,64 +383,87 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Stream:
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Continue a prompt, piece by piece. Pieces are whole characters; joined they are `completion.text`.
 
-        prompt: text (with the BOS the model wants; it may spell special tokens) or token ids. max_tokens: None goes on until the
-        model ends or the context is full. temperature 0 takes the likeliest token; top_k, top_p, min_p and seed shape a draw.
-        stop: strings that end the text and are left out of it. Raises UsageError at once for bad arguments and for a prompt that,
+        prompt: text (with the BOS the model wants; it may spell special tokens) or token ids. Options, all of them optional:
+        max_tokens: None goes on until the model ends or the context is full. temperature 0 takes the likeliest token; top_k, top_p, min_p
+        and seed shape a draw. stop: strings that end the text and are left out of it; stop_tokens: ids that do so. grammar (GBNF) or
+        json_schema: the text is one that these allow; llama.cpp only. Raises UsageError at once for bad arguments and for a prompt that,
         with max_tokens, does not fit the context.
         """
-        self._check_open()
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise UsageError("a stop string is empty; leave it out")
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens}; expected at least 1")
-        ids = self._prompt_ids(prompt)
-        self._check_room(len(ids), max_tokens)
-        stream = Stream(self._generate(ids, max_tokens, sampling, stops))
+        return self.answer(self.ask(prompt, **options))
+
+    def answer(self, ask: Ask) -> Stream:
+        """`stream`, of what `ask` has checked."""
+        cancelled = threading.Event()
+        stream = Stream(self._generate(ask, cancelled), cancelled)
         self._stream = weakref.ref(stream)
         return stream
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Completion:
-        """Continue a prompt and return the whole result. Arguments and errors as for `stream`."""
-        stream = self.stream(
-            prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, stop=stop
-        )
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Completion:
+        """Continue a prompt and return the whole result. Options and errors as for `stream`."""
+        stream = self.stream(prompt, **options)
         for _ in stream:
             pass
         assert stream.completion is not None
         return stream.completion
 
-    def generate_many(self, requests: Sequence[Request], **options: Any) -> list[Completion]:
+    def ask(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        grammar: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> Ask:
+        """Check what `stream` was given, and turn it into what is generated from."""
+        self._check_open()
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, grammar=self._grammar(grammar, json_schema)
+        )
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise UsageError("a stop string is empty; leave it out")
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}; expected at least 1")
+        ends = frozenset(self.model.check_tokens(stop_tokens).tolist()) if len(stop_tokens) else frozenset()
+        ids = self._prompt_ids(prompt)
+        self._check_room(len(ids), max_tokens)
+        budget = self.n_ctx - len(ids) + 1 if max_tokens is None else max_tokens
+        return Ask(ids=ids, budget=budget, sampling=sampling, stops=stops, stop_tokens=ends)
+
+    def _grammar(self, grammar: str | None, json_schema: Mapping[str, Any] | None) -> str | None:
+        if grammar is None and json_schema is None:
+            return None
+        if grammar is not None and json_schema is not None:
+            raise UsageError("a grammar and a JSON schema were given; an answer can follow one of them.")
+        if not isinstance(self.model, LlamaModel):
+            raise UsageError(f"{self.model.path}: ONNX Runtime cannot hold answers to a grammar. Use a GGUF package for that.")
+        text = gbnf(json_schema) if grammar is None else grammar
+        assert text is not None
+        check_grammar(self.model, text)
+        return text
+
+    def generate_many(self, requests: Sequence[Request], *, slots: int = 1, **options: Any) -> list[Completion]:
         """Answer requests that want different adapters, in an order that switches as seldom as possible; results come in theirs.
 
-        Options as for `generate`, the same for all. The adapters set before are set again at the end.
+        slots: how many of one set of adapters are computed together, see `edgeq.runtime.batcher`. Options as for `generate`, the same for
+        all. The adapters set before are set again at the end.
         """
+        if slots > 1:
+            from edgeq.runtime.batcher import Batcher
+
+            with Batcher(self, slots=slots, max_queue=max(1, len(requests))) as batcher:
+                jobs = [batcher.submit(request.prompt, adapter=request.adapter, **options) for request in requests]
+                return [job.result() for job in jobs]
         before, results = self._active.scales, {}
         now = tuple(before.items())
         try:
@@ -531,62 +543,46 @@ class Session:
     def _check_room(self, n_prompt: int, max_tokens: int | None) -> None:
         if n_prompt + (max_tokens or 0) > self.n_ctx:
             wanted = f" and {max_tokens} new tokens" if max_tokens else ""
-            raise UsageError(
+            raise ContextOverflow(
                 f"a prompt of {n_prompt} tokens{wanted} does not fit the context of {self.n_ctx} tokens. "
                 "Load with a larger n_ctx, or shorten the prompt or max_tokens."
             )
 
-    def _generate(
-        self, ids: list[int], max_tokens: int | None, sampling: Sampling, stops: tuple[str, ...]
-    ) -> Generator[str, None, Completion]:
+    def _generate(self, ask: Ask, cancelled: threading.Event) -> Generator[str, None, Completion]:
         """Yield text as soon as it is certain; the lock is held until the end or until the generator is closed."""
         with self._turn():
             self._check_open()
             began = time.perf_counter()
-            reused = self._prefill(ids)
-            prefilled = time.perf_counter()
-            sampler, text = Sampler(sampling, self.context), _TextBuffer(stops)
-            tokens: list[int] = []
-            budget = self.n_ctx - len(ids) + 1 if max_tokens is None else max_tokens
-            first = prefilled
-            reason: FinishReason = "length"
-            parts: list[str] = []
+            reused = self._prefill(ask.ids)
+            prefilled = first = time.perf_counter()
+            sampler, answer = Sampler(ask.sampling, self.context), ask.answer(self.model)
             try:
-                while True:
+                while answer.finish_reason is None:
                     token = sampler.sample(self.context)
-                    if not tokens:
+                    if not answer.tokens:
                         first = time.perf_counter()
-                    if self.model.is_eog(token):
-                        reason = "stop"
-                        break
-                    tokens.append(token)
-                    piece = text.push(self.model.token_to_piece(token))
+                    piece = answer.take(token)
+                    if answer.finish_reason is None:
+                        self._cached.append((token, self._cached[-1][1]))
+                        if cancelled.is_set():
+                            piece += answer.end("cancelled")
                     if piece:
-                        parts.append(piece)
                         yield piece
-                    if text.stopped:
-                        reason = "stop"
-                        break
-                    if len(tokens) == budget:
-                        break
-                    self._cached.append((token, self._cached[-1][1]))
-                    self.context.decode([token])
+                    if answer.finish_reason is None:
+                        self.context.decode([token])
             finally:
                 del self._cached[self.context.n_past :]
                 sampler.close()
-            ended = time.perf_counter()
-            if tail := text.flush():
-                parts.append(tail)
-                yield tail
+            assert answer.finish_reason is not None
             timings = Timings(
-                prompt_tokens=len(ids),
+                prompt_tokens=len(ask.ids),
                 reused_tokens=reused,
                 prefill_s=prefilled - began,
                 ttft_s=first - began,
-                decode_s=ended - first,
-                new_tokens=len(tokens),
+                decode_s=time.perf_counter() - first,
+                new_tokens=len(answer.tokens),
             )
-            self.last = Completion(text="".join(parts), tokens=tuple(tokens), finish_reason=reason, timings=timings)
+            self.last = Completion(text=answer.text, tokens=tuple(answer.tokens), finish_reason=answer.finish_reason, timings=timings)
             return self.last
 
     def _prefill(self, ids: list[int]) -> int:
@@ -594,6 +590,8 @@ class Session:
         segments = self._active.segments(ids)
         cells = self._cells(segments, ids)
         keep = min(_common_prefix(self._cached, cells), len(ids) - 1)
+        if self.exact:
+            keep = min(keep, self._n_prefilled) // EXACT_STEP * EXACT_STEP
         keep = self.context.truncate(keep) if self._cached else 0
         if not keep:
             self.context.clear()
@@ -606,7 +604,7 @@ class Session:
         except BaseException:
             self._cached = cells[: self.context.n_past]
             raise
-        self._cached = cells
+        self._cached, self._n_prefilled = cells, len(cells)
         if not np.isfinite(logits).all():
             raise RuntimeFailure(f"{self.model.path}: the model's outputs are not finite. Its weights are damaged; run edgeq verify.")
         return keep
@@ -633,44 +631,6 @@ class _Turn:
     def __exit__(self, *_exc: object) -> None:
         self.session._holder = None
         self.session._lock.release()
-
-
-class _TextBuffer:
-    """Bytes of tokens in, text out: whole characters only, and nothing that may yet turn out to belong to a stop string."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.stops, self.stopped = stops, False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def push(self, piece: bytes) -> str:
-        """Text that is certain after this piece."""
-        return self._release(self._decoder.decode(piece))
-
-    def flush(self) -> str:
-        """What is left at the end; bytes that never became a character are U+FFFD."""
-        if self.stopped:
-            return ""
-        out = self._release(self._decoder.decode(b"", final=True))
-        rest, self._held = ("" if self.stopped else self._held), ""
-        return out + rest
-
-    def _release(self, text: str) -> str:
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.stopped = True
-            out, self._held = self._held[: min(found)], ""
-            return out
-        keep = max((_overlap(self._held, stop) for stop in self.stops), default=0)
-        cut = len(self._held) - keep
-        out, self._held = self._held[:cut], self._held[cut:]
-        return out
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, less than the whole of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _common_prefix(a: Sequence[Cell], b: Sequence[Cell]) -> int:

@@ -12,9 +12,10 @@ from tiny import CHAT_TEMPLATE, N_VOCAB, tiny_tokenizer
 from tiny_gguf import N_CTX, write_tiny_gguf
 
 from edgeq.errors import PackageError, RuntimeFailure, TokenizerError, UsageError
+from edgeq.runtime.answer import TextBuffer, Timings
 from edgeq.runtime.llama import LlamaContext, LlamaModel
 from edgeq.runtime.memory import kv_bytes
-from edgeq.runtime.session import MAX_DEFAULT_N_CTX, Session, Timings, _TextBuffer, load
+from edgeq.runtime.session import MAX_DEFAULT_N_CTX, Session, load
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
@@ -226,7 +227,7 @@ def test_stop_strings(scripted: Scripted, text: str, stop: str | tuple[str, ...]
 
 
 def test_text_is_held_back_only_while_it_may_be_a_stop_string() -> None:
-    buffer = _TextBuffer(("<end>",))
+    buffer = TextBuffer(("<end>",))
     assert [buffer.push(piece) for piece in (b"a<", b"e", b"x", b"<en", b"d>b")] == ["a", "", "<ex", "", ""]
     assert buffer.stopped and buffer.flush() == ""
 
