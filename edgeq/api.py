@@ -5,7 +5,6 @@ The one place besides `cli` where converters and runtime meet. Everything heavy 
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgeq import encoder_api
 from edgeq.adapter_records import AdapterRecord, find_adapter, package_adapters
 from edgeq.errors import EdgeqError, MissingDependency, PlanError, SourceError, UnsupportedError, UsageError
-from edgeq.output import check_file_target, check_target, staged_file
+from edgeq.output import check_file_target, check_target
 from edgeq.package import MODEL_ONNX, ArtifactRecord, Status, check_files, check_record, is_package, read_package
 from edgeq.progress import Progress, silent
 from edgeq.sizes import parse_bytes
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from edgeq.gate import GateResult
     from edgeq.planning import Plan
     from edgeq.reference import Reference
-    from edgeq.runtime.bench import BenchResult
+    from edgeq.runtime.bench_fields import BenchResult
     from edgeq.runtime.elastic_package import ElasticPackage, Size
     from edgeq.runtime.quality import Evaluation
     from edgeq.runtime.session import Session
@@ -515,23 +514,29 @@ def evaluate(
 def bench(
     artifacts: Sequence[str | Path],
     *,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | Sequence[int] = 512,
     gen_tokens: int = 128,
     repeat: int = 5,
-    threads: int | None = None,
+    batch: int | Sequence[int] = 1,
+    threads: int | Sequence[int] | None = None,
     device: str = "cpu",
+    kv_type: str | None = None,
     rates: Sequence[float] | None = None,
     adapter: str | None = None,
+    against: str | Path | None = None,
+    cold: bool = True,
+    retakes: int = 2,
+    wait_s: float = 0.0,
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> list[BenchResult]:
-    """Measure packages, GGUF files and ONNX folders in turns; see `edgeq.runtime.bench`. Needs edgeq[llama] or edgeq[onnx].
+    """Measure packages, GGUF files and ONNX folders in turns; arguments and errors as in `edgeq.runtime.bench.bench`.
 
-    rates: measure elastic packages at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter by path.
-    output: also write the results to this JSON file; an existing one is kept
-    unless `force`.
+    output: also write the results to this JSON file, for `edgeq.report`; an existing one is kept unless `force`.
+    Needs edgeq[llama] or edgeq[onnx].
     """
+    from edgeq.quality_api import write_results
     from edgeq.runtime.bench import bench as measure
 
     target = None if output is None else Path(output)
@@ -542,16 +547,20 @@ def bench(
         prompt_tokens=prompt_tokens,
         gen_tokens=gen_tokens,
         repeat=repeat,
+        batch=batch,
         threads=threads,
         device=device,
+        kv_type=kv_type,
         rates=rates,
         adapter=adapter,
+        against=against,
+        cold=cold,
+        retakes=retakes,
+        wait_s=wait_s,
         progress=progress,
     )
     if target is not None:
-        with staged_file(target, force=force) as stage:
-            rows = [result.to_json() for result in results]
-            stage.write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        write_results(target, "bench", [result.to_json() for result in results], force=force)
     return results
 
 

@@ -18,8 +18,13 @@ import click
 
 from edgeq import __version__
 from edgeq.cli_adapters import adapters
+from edgeq.cli_bench import bench
 from edgeq.cli_embed import embed, export_encoder
-from edgeq.cli_parts import FILE, PATH, json_option, print_json, with_progress
+from edgeq.cli_eval import evaluate
+from edgeq.cli_parts import FILE, PATH, json_option, print_json, read_json, read_utf8, with_progress
+from edgeq.cli_report import report
+from edgeq.cli_serve import serve
+from edgeq.cli_sweep import sweep
 from edgeq.errors import EdgeqError
 
 threads_option = click.option(
@@ -73,16 +78,6 @@ def program() -> NoReturn:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     raise click.exceptions.Abort
-
-
-def _rates(context: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """A list of rates; that they are rates is checked where they are used."""
-    if value is None:
-        return None
-    try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of rates like 0,0.15,0.25.") from None
 
 
 def _rate_or_auto(context: click.Context, option: click.Parameter, value: str | None) -> float | Literal["auto"] | None:
@@ -310,89 +305,6 @@ def verify(package: Path, threads: int | None, as_json: bool, progress: Any) -> 
         raise click.exceptions.Exit(1)
 
 
-@cli.command(name="eval")
-@click.argument("artifact", type=PATH)
-@click.option("--text", type=FILE, required=True, help="UTF-8 text to score.")
-@click.option("--ctx", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window; windows do not overlap.")
-@click.option("--chunks", type=click.IntRange(min=1), help="Score the first N windows only.")
-@click.option("--rate", type=float, help="Score a cut of an elastic package: fraction of block parameters removed, 0 to 0.35.")
-@adapter_option
-@threads_option
-@json_option
-@with_progress
-def evaluate(
-    artifact: Path,
-    text: Path,
-    ctx: int,
-    chunks: int | None,
-    rate: float | None,
-    adapter: str | None,
-    threads: int | None,
-    as_json: bool,
-    progress: Any,
-) -> None:
-    """Perplexity of a package or GGUF file on a text."""
-    from edgeq import api, display
-
-    result = api.evaluate(artifact, text, ctx=ctx, chunks=chunks, rate=rate, adapter=adapter, threads=threads, progress=progress)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        display.show_evaluation(artifact, result)
-
-
-@cli.command()
-@click.argument("artifacts", type=PATH, nargs=-1, required=True)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--gen-tokens", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--rates", metavar="R,R,...", callback=_rates, help="Measure cuts of elastic packages at these rates, e.g. 0,0.15,0.25.")
-@adapter_option
-@click.option("-o", "--output", type=PATH, help="Also write the results to this JSON file.")
-@click.option("--force", is_flag=True, help="Replace an existing results file.")
-@threads_option
-@json_option
-@with_progress
-def bench(
-    artifacts: tuple[Path, ...],
-    prompt_tokens: int,
-    gen_tokens: int,
-    repeat: int,
-    device: str,
-    rates: tuple[float, ...] | None,
-    adapter: str | None,
-    output: Path | None,
-    force: bool,
-    threads: int | None,
-    as_json: bool,
-    progress: Any,
-) -> None:
-    """Measure packages or GGUF files: load, first token, prefill, decode, latency percentiles, memory.
-
-    Several artifacts, and several cuts of one, are measured in turns within one run, each in its own process, with the same prompt.
-    """
-    from edgeq import api, display
-
-    results = api.bench(
-        artifacts,
-        prompt_tokens=prompt_tokens,
-        gen_tokens=gen_tokens,
-        repeat=repeat,
-        device=device,
-        rates=rates,
-        adapter=adapter,
-        threads=threads,
-        output=output,
-        force=force,
-        progress=progress,
-    )
-    if as_json:
-        print_json([result.to_json() for result in results])
-    else:
-        display.show_bench(results)
-
-
 @cli.command()
 @click.argument("package", type=PATH)
 @click.option("-p", "--prompt", required=True, help="Text to continue.")
@@ -403,6 +315,9 @@ def bench(
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), help="Sample from the likeliest tokens that together hold this probability.")
 @click.option("--min-p", type=click.FloatRange(min=0, max=1), help="Drop tokens below this fraction of the likeliest one's probability.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End in front of this text. May be given several times.")
+@click.option("--json-schema", "schema", type=FILE, help="Answer with JSON that this schema allows (llama.cpp only).")
+@click.option("--grammar", type=FILE, help="Answer with text that this GBNF grammar allows (llama.cpp only).")
 @click.option(
     "--ctx", "n_ctx", type=click.IntRange(min=2), help="Context length. Default: the package's profile, or the model's own up to 4096."
 )
@@ -422,6 +337,9 @@ def run(
     top_p: float | None,
     min_p: float | None,
     seed: int,
+    stop: tuple[str, ...],
+    schema: Path | None,
+    grammar: Path | None,
     n_ctx: int | None,
     rate: float | Literal["auto"] | None,
     adapter: str | None,
@@ -431,7 +349,8 @@ def run(
     """Generate text with a package or GGUF file."""
     from edgeq import api, display
 
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "stop": stop}
+    sampling |= {"grammar": None if grammar is None else read_utf8(grammar), "json_schema": None if schema is None else read_json(schema)}
     with api.load(package, rate=rate, adapter=adapter, n_ctx=n_ctx, threads=threads) as session:
         text = session.chat_prompt(prompt) if chat else prompt
         if as_json:
@@ -462,7 +381,12 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 cli.add_command(adapters)
+cli.add_command(bench)
 cli.add_command(embed)
+cli.add_command(evaluate)
+cli.add_command(report)
+cli.add_command(serve)
+cli.add_command(sweep)
 
 
 @cli.group()

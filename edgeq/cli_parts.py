@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from edgeq.errors import UsageError
 from edgeq.progress import silent
 
 P = ParamSpec("P")
@@ -24,6 +25,22 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def read_utf8(path: Path) -> str:
+    """A small text file from an option. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text: {err}.") from err
+
+
+def read_json(path: Path) -> Any:
+    """The same, with JSON in it."""
+    try:
+        return json.loads(read_utf8(path))
+    except ValueError as err:
+        raise UsageError(f"{path}: is no JSON: {err}.") from err
 
 
 def with_progress(function: Callable[P, R]) -> Callable[P, R]:

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from edgeq.gate import GateResult
     from edgeq.planning import Plan
     from edgeq.profiles import DeviceProfile
-    from edgeq.runtime.bench import BenchResult
+    from edgeq.runtime.answer import Timings
     from edgeq.runtime.quality import Evaluation
-    from edgeq.runtime.session import Timings
 
 _STEPS = {
     "hash": "Hashing inputs",
@@ -41,6 +40,9 @@ _STEPS = {
     "verify": "Checking files",
     "embed": "Embedding",
     "eval": "Scoring",
+    "choices": "Choosing",
+    "exact": "Answering",
+    "sweep": "Sweep",
     "bench": "Measuring",
     "download": "Downloading",
 }
@@ -209,54 +211,6 @@ def show_evaluation(artifact: Path, result: Evaluation) -> None:
         f"{result.chunks} windows of {result.ctx}",
         markup=False,
     )
-
-
-def show_bench(results: Sequence[BenchResult]) -> None:
-    out = _out()
-    with_adapter = any(row.adapter for row in results)
-    columns = (
-        "artifact",
-        "rate",
-        *(["adapter"] if with_adapter else []),
-        "load s",
-        "TTFT ms",
-        "prefill tok/s",
-        "decode tok/s",
-        "ITL p50 ms",
-        "p95",
-        "p99",
-        "peak RSS",
-        "model",
-        "KV",
-    )
-    table = _table(*columns, right=columns[1:])
-    for row in results:
-        table.add_row(
-            row.artifact,
-            "-" if row.rate is None else f"{row.rate:g}",
-            *([row.adapter or "-"] if with_adapter else []),
-            _number(row.load_s, 2),
-            _number(row.ttft_ms),
-            _number(row.prefill_tok_s),
-            _number(row.decode_tok_s),
-            *(_number(row.itl_ms[p], 2) for p in ("p50", "p95", "p99")),
-            size(row.peak_rss_bytes),
-            size(row.model_bytes),
-            size(row.kv_bytes),
-        )
-    out.print(table)
-    first = results[0].environment
-    out.print(
-        f"{first['prompt_tokens']} prompt tokens, {first['gen_tokens']} generated, medians of {first['repeat']} repeats, "
-        f"{results[0].runtime} on {results[0].device}, {first['threads']} threads."
-    )
-    switches = {row.adapter: row.adapter_switch_ms for row in results if row.adapter_switch_ms is not None}
-    for name, milliseconds in switches.items():
-        out.print(f"Switching to {name} takes {milliseconds:.1f} ms once it is in memory.", markup=False)
-    for row in results:
-        warning = row.environment["contention"]["warning"]
-        if warning:
-            out.print(f"Warning: {row.artifact}: {warning}", style="yellow", markup=False)
 
 
 def show_timings(timings: Timings) -> None:

@@ -70,6 +70,38 @@ class Scorer:
             yield start + len(rows)
         return nll.tolist()
 
+    def continuations(self, *, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> Generator[int, None, list[list[float]]]:
+        """-log p of every token of each continuation of a text. The text is computed once, where the runtime can go back to its end."""
+        context, before = self._context, ids[:-1]
+        context.clear()
+        found, kept = [], 0
+        for done, continuation in enumerate(continuations, 1):
+            if kept < len(before):
+                context.decode(before[kept:])
+            targets = np.asarray(continuation, dtype=np.int64)
+            nll = np.empty(len(targets))
+            for start, rows in context.iter_logits([ids[-1], *continuation[:-1]], keep=True):
+                nll[start : start + len(rows)] = negative_log_likelihood(rows, targets[start : start + len(rows)])
+            found.append(nll.tolist())
+            kept = context.truncate(len(before))
+            yield done
+        return found
+
+    def generate(self, *, ids: Sequence[int], max_tokens: int, one_line: bool) -> Generator[int, None, str]:
+        """The likeliest continuation. one_line: up to a line break after the first text."""
+        self._context.clear()
+        token = int(self._context.decode(ids)[0].argmax())
+        out, n_tokens = b"", 0
+        while not self._model.is_eog(token):
+            out += self._model.token_to_piece(token)
+            n_tokens += 1
+            if n_tokens == max_tokens or (one_line and b"\n" in out.lstrip()):
+                break
+            yield n_tokens
+            token = int(self._context.decode([token])[0].argmax())
+        text = out.decode("utf-8", "replace")
+        return text.lstrip().split("\n")[0] if one_line else text
+
 
 def _write(file: int, rows: Floats, offset: int) -> None:
     rest = np.ascontiguousarray(rows).data.cast("B")

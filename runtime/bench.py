@@ -1,293 +1,180 @@
-"""Measure artifacts on this device: one definition per figure, the same prompt for all, each artifact in a process of its own.
+"""Measure artifacts on this device: one definition per figure, the same prompt for all, each configuration in processes of its own.
 
-What is measured (METRICS_VERSION changes with any of this):
+The figures are defined in `edgeq.runtime.bench_fields`. The prompt is a fixed pseudo-random sequence of ids below the smallest vocabulary
+of the artifacts, the same ids for all, so nothing is tokenized.
 
-load_s              loading the model and making its context, in a fresh process, after import of the libraries. The files have just
-                    been read for their hash, so their pages are in the system's cache as far as they fit.
-prefill_tok_s       prompt_tokens / time of computing the prompt from an empty cache, logits of the last token included.
-ttft_ms             the same time plus choosing the first token.
-itl_ms              time between tokens: computing one token (one llama_decode) plus finding the likeliest next one, after the prompt.
-                    Percentiles (linear interpolation) over all steps of all repeats.
-decode_tok_s        gen_tokens / time of gen_tokens such steps. End-of-generation tokens do not stop it.
-peak_rss_bytes      most memory the process ever had resident (VmHWM), Python and libraries included
-                    (`samples.rss_before_load_bytes` is what those took before the model was loaded).
-model_bytes         all tensors of the artifact.
-kv_bytes            keys and values of the context, prompt_tokens + gen_tokens (rounded up to 256 cells in llama.cpp), as the runtime
-                    allocates them: F16 in llama.cpp, in ONNX Runtime what the graph has.
-vram_bytes          GPU memory of the process by NVML.
-adapter_switch_ms   with an adapter: what changing to it, once it is in memory, adds to the next computation (`edgeq.runtime.switching`).
-energy_j_per_token  energy of the decode steps / gen_tokens: processor packages (RAPL) on the CPU, the GPU's counter (NVML) on a GPU.
-                    The counters are the device's, not the process's.
-samples             the raw figures, one entry per repeat, in the order they were taken.
+A run goes in rounds. In each, every configuration (artifact, cut, adapter, prompt length, batch, threads) gets a fresh process, one after
+another, so that a slow spell or a warming device meets all of them alike: A B A B. The process loads, warms up with the prompt (its first
+512 tokens) and 4 steps, thrown away, and is measured once; every second load is from files that were dropped from the page cache. A cut is
+made in memory before anything is timed.
 
-Single figures are medians over repeats; what the device does not tell is None. The prompt is a fixed pseudo-random sequence of ids
-below the smallest vocabulary of the artifacts, the same ids for all, so nothing is tokenized. One warm-up comes first: the whole prompt
-and a few steps, thrown away. Repeats go in turns, A B A B, cuts of one package like artifacts of their own, so that a slow spell of the
-machine meets all of them; processes that wait use no processor. A cut is made in memory before anything is timed. Use of the machine by
-others is recorded per repeat and `environment.contention.warning` says when it passed 5 % of a core.
+Use of the machine by others is watched before the run and in every repeat. Two llama.cpp processes of two threads each on two cores were
+20 times slower than one, so rounds in which others used more than 5 % of a core are taken again, up to `retakes` of them, and what stays
+disturbed is told by a warning of the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import numpy as np
 import psutil
 
-from edgeq.adapter_records import find_adapter
-from edgeq.elastic import MAX_RATE
 from edgeq.errors import PlanError, UsageError
 from edgeq.progress import Progress, silent
-from edgeq.runtime.adapter_formats import check_base, read_adapter
+from edgeq.runtime.bench_fields import METRICS_VERSION, BenchResult
+from edgeq.runtime.bench_plan import Configuration, Entry, check_rates, configurations, counts, open_entry, prompt_ids, prompts_of
+from edgeq.runtime.bench_rows import Measured, Run, Sample, rows_of
+from edgeq.runtime.bench_warnings import contention, is_disturbed
 from edgeq.runtime.child import Child
-from edgeq.runtime.contention import THRESHOLD
+from edgeq.runtime.contention import wait_for_quiet
 from edgeq.runtime.device import parse_device
-from edgeq.runtime.elastic_package import open_elastic
-from edgeq.runtime.engine import Facts, artifact_sha256, default_kv_type, kv_bytes, open_artifact, prepare, read_facts, runtime_of
+from edgeq.runtime.engine import prepare
 from edgeq.runtime.environment import describe
+from edgeq.runtime.page_cache import drop_pages, read_pages, resident_fraction
 
-METRICS_VERSION = 1
-_PROMPT_SEED = 20240229
-_WARM_STEPS = 4
+__all__ = ["METRICS_VERSION", "BenchResult", "bench", "check_rates", "contention", "prompt_ids"]
 
+RETAKES = 2
+_WARM_PROMPT, _WARM_STEPS = 512, 4
 
-@dataclass(frozen=True, kw_only=True)
-class BenchResult:
-    """One row; fields and units as in the module docstring.
-
-    rate: what the model is cut or pruned by, None for a file that does not say. adapter: name of the one beside it, on all tokens.
-    """
-
-    artifact: str
-    runtime: str
-    device: str
-    rate: float | None
-    adapter: str | None
-    load_s: float
-    ttft_ms: float
-    prefill_tok_s: float
-    decode_tok_s: float
-    itl_ms: Mapping[str, float]
-    peak_rss_bytes: int | None
-    model_bytes: int
-    kv_bytes: int
-    vram_bytes: int | None
-    energy_j_per_token: float | None
-    adapter_switch_ms: float | None
-    samples: Mapping[str, Any]
-    environment: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """An artifact to measure, or a cut of one, which is in memory already. adapter: name and file, cut alike."""
-
-    artifact: str
-    path: Path
-    is_cut: bool = False
-    rate: float | None
-    facts: Facts
-    sha256: str
-    adapter: tuple[str, Path] | None = None
-
-    @property
-    def kv_type(self) -> str:
-        return default_kv_type(self.facts)
-
-    def kv_bytes(self, n_ctx: int) -> int:
-        return kv_bytes(self.facts, n_ctx, self.kv_type)
+Round = list[Sample]  # one sample of each configuration
 
 
 def bench(
     artifacts: Sequence[Path | str],
     *,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | Sequence[int] = 512,
     gen_tokens: int = 128,
     repeat: int = 5,
-    threads: int | None = None,
+    batch: int | Sequence[int] = 1,
+    threads: int | Sequence[int] | None = None,
     device: str = "cpu",
+    kv_type: str | None = None,
     rates: Sequence[float] | None = None,
     adapter: str | None = None,
+    against: Path | str | None = None,
+    cold: bool = True,
+    retakes: int = RETAKES,
+    wait_s: float = 0.0,
     progress: Progress = silent,
 ) -> list[BenchResult]:
     """Measure packages, GGUF files or ONNX folders side by side; results in the order given.
 
-    rates: measure every artifact at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter of the uncut
-    model, by path. threads: default is every core this process may use. device: "cpu", "cuda" or
-    "cuda:N".
-    Raises UsageError for counts below 1, an unknown device or rates that make no list, PlanError when the artifacts do not fit into memory
-    together, PackageError for a rate above 0 of what cannot be cut, SourceError/UnsupportedError/PackageError for a bad artifact,
-    AdapterError for an adapter that is broken or another model's, RuntimeFailure when a runtime refuses or dies.
+    prompt_tokens, batch, threads: every artifact at each of these. threads: default is every core this process may use. rates: measure
+    every artifact at each of these rates. adapter: with this adapter of the package, by name, or a GGUF adapter of the uncut model, by
+    path. against: an artifact that is measured too, as it is, without cut or adapter, and that the others are compared with; its rows come
+    first unless it is one of them. device: "cpu", "cuda" or "cuda:N". cold: also time loading from files that are not in the page cache.
+    retakes: rounds to take again at most when others used the machine. wait_s: how long to wait for a quiet machine before the run.
+    Raises UsageError for counts below 1, an unknown device or KV type, rates that make no list, a batch of sequences in ONNX Runtime,
+    PackageError for a rate above 0 of what cannot be cut, SourceError/UnsupportedError/PackageError for a bad artifact, AdapterError for an
+    adapter that is broken or another model's, PlanError when keys and values exceed the memory, RuntimeFailure when a runtime refuses or
+    dies, or was not built for the device.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("gen_tokens", gen_tokens), ("repeat", repeat)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}; expected at least 1")
+    lengths, sequences = counts("prompt_tokens", prompt_tokens), counts("batch", batch)
+    thread_counts: tuple[int | None, ...] = (None,) if threads is None else counts("threads", threads)
+    for name, value, least in (("gen_tokens", gen_tokens, 1), ("repeat", repeat, 1), ("retakes", retakes, 0), ("wait_s", wait_s, 0)):
+        if value < least:
+            raise UsageError(f"{name} is {value}; expected at least {least}")
     if not artifacts:
         raise UsageError("nothing to measure; give at least one package or GGUF file")
     gpu = parse_device(device)
     device = "cpu" if gpu is None else f"cuda:{gpu}"
-    n_ctx = prompt_tokens + gen_tokens
     check_rates(rates)
     with ExitStack() as cuts:
-        entries = [_entry(artifact, rate, adapter, cuts) for artifact in artifacts for rate in (rates if rates is not None else [None])]
-        if gpu is not None:
-            for path in {runtime_of(entry.path): entry.path for entry in entries}.values():
-                prepare(path, gpu)
-        _check_memory(entries, n_ctx)
-        return _measure(entries, prompt_tokens, gen_tokens, repeat, threads, device, progress)
+        entries = [
+            open_entry(artifact, rate, adapter, cuts, kv_type=kv_type)
+            for artifact in artifacts
+            for rate in (rates if rates is not None else [None])
+        ]
+        base = None if against is None else open_entry(against, None, None, cuts, kv_type=kv_type)
+        plan = configurations(entries, base, prompt_tokens=lengths, gen_tokens=gen_tokens, batch=sequences, threads=thread_counts)
+        for path in {c.entry.runtime: c.entry.path for c in plan}.values():
+            prepare(path, gpu)
+        if gpu is None:
+            _check_memory(plan)
+        before, waited_s = wait_for_quiet(wait_s)
+        kept, discarded = _rounds(plan, repeat, retakes, device, cold, progress)
+        run = Run(device=device, repeat=repeat, before=before, waited_s=waited_s, machine=describe())
+        measured = [
+            Measured(configuration=c, samples=[one[i] for one in kept], discarded=[one[i] for one in discarded]) for i, c in enumerate(plan)
+        ]
+        return rows_of(measured, run)
 
 
-def check_rates(rates: Sequence[float] | None) -> None:
-    """Raises UsageError for an empty list, one that repeats a rate, and rates outside 0 to MAX_RATE."""
-    if rates is None:
-        return
-    if not rates or len(set(rates)) < len(rates) or not all(0 <= rate <= MAX_RATE for rate in rates):
-        given = ", ".join(f"{rate:g}" for rate in rates) or "none"
-        raise UsageError(f"rates to measure are {given}. Give different numbers from 0 to {MAX_RATE}, e.g. 0,0.15,0.25.")
+def _check_memory(plan: Sequence[Configuration]) -> None:
+    """Keys and values alone must fit the machine: runtimes would fill gigabytes before they find that they do not."""
+    total = psutil.virtual_memory().total
+    for c in plan:
+        needed = c.entry.kv_bytes(c.n_ctx, c.batch)
+        if needed > total:
+            raise PlanError(
+                f"{c.entry.artifact}: {c.batch} times {c.n_ctx} tokens of context need {needed / 1e9:.1f} GB of keys and values, this "
+                f"machine has {total / 1e9:.1f} GB. Measure a smaller batch or a shorter prompt."
+            )
 
 
-def _measure(
-    entries: Sequence[_Entry], prompt_tokens: int, gen_tokens: int, repeat: int, threads: int | None, device: str, progress: Progress
-) -> list[BenchResult]:
-    n_ctx = prompt_tokens + gen_tokens
-    prompt = prompt_ids(min(entry.facts.n_vocab for entry in entries), prompt_tokens)
-    total = len(entries) * (2 + repeat)
-    done = 0
+def _rounds(
+    plan: Sequence[Configuration], repeat: int, retakes: int, device: str, cold: bool, progress: Progress
+) -> tuple[list[Round], list[Round]]:
+    """Rounds that count, and those that were taken again or no better."""
+    n_vocab = min(c.entry.facts.n_vocab for c in plan)
+    done, total = 0, repeat * len(plan)
 
-    def step() -> None:
+    def take(is_cold: bool) -> Round:
         nonlocal done
-        done += 1
-        progress("bench", done, total)
+        samples: Round = []
+        for c in plan:
+            samples.append(_sample(c, prompts_of(c, n_vocab), device, is_cold))
+            done += 1
+            progress("bench", done, total)
+        return samples
 
     progress("bench", 0, total)
-    with ExitStack() as stack:
-        children = [stack.enter_context(_child(entry)) for entry in entries]
-        loaded = []
-        for entry, child in zip(entries, children, strict=True):
-            files = {"path": str(entry.path), "adapter": None if entry.adapter is None else str(entry.adapter[1])}
-            request = {**files, "threads": threads, "device": device, "n_ctx": n_ctx, "kv_type": entry.kv_type}
-            loaded.append(child.ask({"op": "load", **request}))
-            step()
-        for child in children:
-            child.ask({"op": "repeat", "prompt": prompt, "gen_tokens": min(gen_tokens, _WARM_STEPS)})
-            step()
-        samples: list[list[dict[str, Any]]] = [[] for _ in entries]
-        for _ in range(repeat):
-            for child, taken in zip(children, samples, strict=True):
-                taken.append(child.ask({"op": "repeat", "prompt": prompt, "gen_tokens": gen_tokens}))
-                step()
-        ended = [child.ask({"op": "end", "repeat": repeat}) for child in children]
-    settings = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "repeat": repeat, "n_ctx": n_ctx}
-    return [
-        _result(entry, device, settings, start, taken, end)
-        for entry, start, taken, end in zip(entries, loaded, samples, ended, strict=True)
-    ]
+    kept = [take(cold and i % 2 == 1) for i in range(repeat)]
+    discarded: list[Round] = []
+    for _ in range(retakes):
+        worst = max(range(repeat), key=lambda i: disturbance(kept[i]))
+        if not disturbance(kept[worst]):
+            break
+        total += len(plan)
+        again = take(cold and worst % 2 == 1)
+        if disturbance(again) < disturbance(kept[worst]):
+            again, kept[worst] = kept[worst], again
+        discarded.append(again)
+    return kept, discarded
 
 
-def _child(entry: _Entry) -> Child:
-    return Child("edgeq.runtime._bench_child", entry.artifact, runtime=runtime_of(entry.path))
+def disturbance(samples: Sequence[Sample]) -> float:
+    """Most cores that others used in a repeat of a round; 0 for what is not worth another round."""
+    suffered = (s["other_cores"] for s in samples if is_disturbed(s["other_cores"], s["prefill_s"] + s["decode_s"]))
+    return max(suffered, default=0.0)
 
 
-def prompt_ids(n_vocab: int, n_tokens: int) -> list[int]:
-    """The prompt of every measurement: pseudo-random ids, the same for the same vocabulary size; longer ones start with shorter ones."""
-    return np.random.default_rng(_PROMPT_SEED).integers(0, n_vocab, n_tokens).tolist()
+def _sample(configuration: Configuration, prompts: list[list[int]], device: str, cold: bool) -> Sample:
+    """One repeat in a fresh process."""
+    c, entry = configuration, configuration.entry
+    files = {"path": str(entry.path), "adapter": None if entry.adapter is None else str(entry.adapter[1])}
+    settings = {"threads": c.threads, "device": device, "n_ctx": c.n_ctx, "kv_type": entry.kv_type, "batch": c.batch}
+    with _child(entry) as child:
+        cold = cold and not entry.is_cut and drop_pages(entry.files)
+        cached = 0.0 if cold else _warm_up(entry)
+        loaded = child.ask({"op": "load", **files, **settings})
+        child.ask({"op": "repeat", "prompts": [ids[:_WARM_PROMPT] for ids in prompts], "gen_tokens": min(c.gen_tokens, _WARM_STEPS)})
+        repeated = child.ask({"op": "repeat", "prompts": prompts, "gen_tokens": c.gen_tokens})
+        ended = child.ask({"op": "end"})
+    return {"cold": cold, "resident_fraction": cached, **loaded, **repeated, **ended}
 
 
-def _entry(artifact: Path | str, rate: float | None, adapter: str | None, cuts: ExitStack) -> _Entry:
-    """rate: None takes the artifact as it is. cuts: keeps a cut alive as long as it is measured."""
-    path, package = open_artifact(Path(artifact))
-    beside = None if adapter is None else find_adapter(package, adapter)
-    is_elastic = package is not None and package.manifest["export"].get("elastic")
-    if rate is not None and (rate or is_elastic):
-        elastic = open_elastic(Path(artifact))
-        size = elastic.at_rate(rate)
-        if size.n_steps:
-            cut = cuts.enter_context(elastic.cut_to_memory(size))
-            if beside is not None:
-                beside = beside[0], cuts.enter_context(elastic.cut_adapter_to_memory(beside[1], size)).path
-            facts = _checked(cut.path, beside)
-            return _Entry(
-                artifact=str(artifact), path=cut.path, is_cut=True, rate=rate, facts=facts, sha256=artifact_sha256(cut.path), adapter=beside
-            )
-    stated = None if package is None else package.manifest["export"].get("rate")
-    facts = _checked(path, beside)
-    return _Entry(artifact=str(artifact), path=path, rate=stated, facts=facts, sha256=artifact_sha256(path), adapter=beside)
+def _warm_up(entry: Entry) -> float | None:
+    """Bring an entry's files into the page cache if they fit: the fraction that is there."""
+    cached = resident_fraction(entry.files)
+    if cached is None or cached == 1 or entry.n_bytes > psutil.virtual_memory().available:
+        return cached
+    read_pages(entry.files)
+    return resident_fraction(entry.files)
 
 
-def _checked(path: Path, adapter: tuple[str, Path] | None) -> Facts:
-    """Facts about a model that its adapter fits. Raises AdapterError."""
-    facts = read_facts(path)
-    if adapter is not None:
-        check_base(read_adapter(adapter[1], facts), facts)
-    return facts
-
-
-def _check_memory(entries: Sequence[_Entry], n_ctx: int) -> None:
-    """All artifacts stay loaded for the whole run. A single one may still try its luck: its pages need not all be resident."""
-    needed = sum((0 if entry.is_cut else entry.facts.tensor_bytes) + entry.kv_bytes(n_ctx) for entry in entries)
-    available = psutil.virtual_memory().available
-    if len(entries) > 1 and needed > available:
-        raise PlanError(
-            f"{len(entries)} artifacts side by side need about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free. "
-            "Measure fewer at once."
-        )
-
-
-def _result(
-    entry: _Entry,
-    device: str,
-    settings: Mapping[str, Any],
-    loaded: Mapping[str, Any],
-    taken: Sequence[Mapping[str, Any]],
-    ended: Mapping[str, Any],
-) -> BenchResult:
-    prompt_tokens, gen_tokens = settings["prompt_tokens"], settings["gen_tokens"]
-    steps = np.concatenate([sample["itl_ms"] for sample in taken])
-    energies = [sample["energy_j"] for sample in taken if sample["energy_j"] is not None]
-    return BenchResult(
-        artifact=entry.artifact,
-        runtime=runtime_of(entry.path),
-        device=device,
-        rate=entry.rate,
-        adapter=None if entry.adapter is None else entry.adapter[0],
-        load_s=loaded["load_s"],
-        ttft_ms=median(sample["ttft_ms"] for sample in taken),
-        prefill_tok_s=median(prompt_tokens / sample["prefill_s"] for sample in taken),
-        decode_tok_s=median(gen_tokens / sample["decode_s"] for sample in taken),
-        itl_ms={f"p{q}": float(np.percentile(steps, q)) for q in (50, 95, 99)},
-        peak_rss_bytes=ended["peak_rss_bytes"],
-        model_bytes=ended["model_bytes"],
-        kv_bytes=entry.kv_bytes(settings["n_ctx"]),
-        vram_bytes=ended["vram_bytes"],
-        energy_j_per_token=median(energies) / gen_tokens if energies else None,
-        adapter_switch_ms=ended["adapter_switch_ms"],
-        samples={"rss_before_load_bytes": loaded["rss_before_load_bytes"], "repeats": list(taken)},
-        environment={
-            **describe(artifact_sha256=entry.sha256),
-            "metrics_version": METRICS_VERSION,
-            "model": loaded["description"],
-            "threads": loaded["threads"],
-            **settings,
-            "kv_type": entry.kv_type,
-            "contention": contention([sample["other_cores"] for sample in taken]),
-        },
-    )
-
-
-def contention(other_cores: Sequence[float | None]) -> dict[str, Any]:
-    """What others used in each repeat, in cores, and a warning when any repeat suffered."""
-    known = [cores for cores in other_cores if cores is not None]
-    worst = max(known, default=None)
-    disturbed = sum(cores > THRESHOLD for cores in known)
-    warning = None
-    if worst is not None and disturbed:
-        warning = f"other processes used up to {worst:.2f} of a core in {disturbed} of {len(other_cores)} repeats; timings may be too slow"
-    return {"other_cores": list(other_cores), "worst": worst, "warning": warning}
+def _child(entry: Entry) -> Child:
+    return Child("edgeq.runtime._bench_child", entry.artifact, runtime=entry.runtime)

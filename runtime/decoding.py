@@ -1,7 +1,7 @@
 """The timed decode loop: greedy generation with nothing in it but the runtime, numpy's argmax, a clock and two array writes.
 
 With llama.cpp the batch is built before the clock starts, and everything but llama_decode takes 4 microseconds per token of SmolLM2;
-`benchmarks/decode_loop.py` compares with a loop that only calls llama_decode.
+`benchmarks/overhead.py` compares with loops that have nothing of edgeq in them.
 """
 
 from __future__ import annotations

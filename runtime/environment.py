@@ -52,6 +52,7 @@ def describe(*, artifact_sha256: str | None = None) -> dict[str, Any]:
             "physical_cores": psutil.cpu_count(logical=False),
             "logical_cores": psutil.cpu_count(),
             "usable_cores": usable_cores(),
+            "affinity": sorted(affinity()),
             "governor": governor(),
         },
         "memory_bytes": psutil.virtual_memory().total,

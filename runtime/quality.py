@@ -85,32 +85,40 @@ def perplexity(
     if ctx < 2 or (chunks is not None and chunks < 1):
         raise UsageError(f"ctx is {ctx} and chunks is {chunks}; expected at least 2 and 1")
     with ScoringWorker(artifact, adapter=adapter, n_ctx=ctx, threads=threads) as worker:
-        ids = worker.tokenize(text)
-        if len(ids) < ctx:
-            raise UsageError(f"the text has {len(ids):,} tokens, but one window needs {ctx:,}. Use a longer text or a smaller --ctx.")
-        if ctx > worker.facts.n_ctx_train:
-            logger.warning("%s was trained on %d tokens; windows of %d ask for more", artifact, worker.facts.n_ctx_train, ctx)
-        n_windows = min(len(ids) // ctx, chunks or len(ids))
-        nll = np.empty((n_windows, ctx - 1))
-        for i, start in enumerate(range(0, n_windows * ctx, ctx)):
-            on_tokens = partial(_progress_after, progress, start, n_windows * ctx)
-            nll[i] = worker.nll(ids[start : start + ctx], on_tokens=on_tokens)
-    return _evaluation(nll, artifact, ctx)
+        windows = text_windows(worker, text, ctx=ctx, chunks=chunks)
+        nll = window_nll(worker, windows, progress=progress)
+    mean = float(nll.mean())
+    return Evaluation(perplexity=perplexity_of(mean), nll_mean=mean, tokens=nll.size, ctx=ctx, chunks=len(nll))
+
+
+def text_windows(worker: ScoringWorker, text: str, *, ctx: int, chunks: int | None) -> list[list[int]]:
+    """The windows of a text that are scored, by the worker's tokenizer; see `perplexity`. Raises UsageError for a text without one."""
+    ids = worker.tokenize(text)
+    if len(ids) < ctx:
+        raise UsageError(f"the text has {len(ids):,} tokens, but one window needs {ctx:,}. Use a longer text or a smaller --ctx.")
+    if ctx > worker.facts.n_ctx_train:
+        logger.warning("%s was trained on %d tokens; windows of %d ask for more", worker.artifact, worker.facts.n_ctx_train, ctx)
+    n_windows = min(len(ids) // ctx, chunks or len(ids))
+    return [ids[start : start + ctx] for start in range(0, n_windows * ctx, ctx)]
+
+
+def window_nll(worker: ScoringWorker, windows: Sequence[Sequence[int]], *, progress: Progress = silent) -> Doubles:
+    """Negative log-likelihoods, (n_windows, ctx - 1). Raises RuntimeFailure for those that are no numbers."""
+    ctx = len(windows[0])
+    nll = np.empty((len(windows), ctx - 1))
+    for i, window in enumerate(windows):
+        nll[i] = worker.nll(window, on_tokens=partial(_progress_after, progress, i * ctx, len(windows) * ctx))
+    broken = int(np.count_nonzero(~np.isfinite(nll)))
+    if broken:
+        raise RuntimeFailure(
+            f"{worker.artifact}: {broken:,} of {nll.size:,} scored tokens have NaN or infinite likelihoods. "
+            "The weights are damaged or overflow in this number format; export the model again."
+        )
+    return nll
 
 
 def _progress_after(progress: Progress, before: int, total: int, done: int) -> None:
     progress("eval", before + done, total)
-
-
-def _evaluation(nll: Doubles, artifact: Path, ctx: int) -> Evaluation:
-    broken = int(np.count_nonzero(~np.isfinite(nll)))
-    if broken:
-        raise RuntimeFailure(
-            f"{artifact}: {broken:,} of {nll.size:,} scored tokens have NaN or infinite likelihoods. "
-            "The weights are damaged or overflow in this number format; export the model again."
-        )
-    mean = float(nll.mean())
-    return Evaluation(perplexity=perplexity_of(mean), nll_mean=mean, tokens=nll.size, ctx=ctx, chunks=len(nll))
 
 
 def perplexity_of(nll_mean: float) -> float:
@@ -154,13 +162,18 @@ class Totals:
         self._nll_reference += float(nll_reference.sum())
         self._nll_artifact += float(nll_artifact.sum())
 
+    @property
+    def kl(self) -> Doubles:
+        """KL of every position so far."""
+        return np.concatenate(self._kl)
+
     def agreement(self) -> Agreement:
         for side, count in self._broken.items():
             if count:
                 raise RuntimeFailure(f"{count:,} positions have NaN or infinite logits in the {side}")
         if not self._scored:
             raise RuntimeFailure("there is nothing to compare; give at least one window of two tokens")
-        kl = np.concatenate(self._kl)
+        kl = self.kl
         return Agreement(
             kl_mean=float(kl.mean()),
             kl_p99=float(np.quantile(kl, 0.99)),
@@ -201,6 +214,11 @@ class Comparison:
         nll_reference, nll_artifact = -p[scored, targets], -q[scored, targets]
         q -= p
         self._totals.add(kl=-np.einsum("ij,ij->i", np.exp(p), q), agree=agree, nll_reference=nll_reference, nll_artifact=nll_artifact)
+
+    @property
+    def kl(self) -> Doubles:
+        """KL of every position so far."""
+        return self._totals.kl
 
     def agreement(self) -> Agreement:
         """Raises RuntimeFailure when there was nothing to compare, or when logits were NaN or infinite."""

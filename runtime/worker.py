@@ -137,6 +137,17 @@ class ScoringWorker:
         nll = self._child.ask({"op": "nll", "ids": _plain(ids)}, doing=_scoring(ids), on_progress=on_tokens)
         return np.asarray(nll, dtype=np.float64)
 
+    def continuation_nll(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Doubles]:
+        """-log p of every token of each continuation of a text of at least one token, given what stands before it, in nats."""
+        request = {"op": "continuations", "ids": _plain(ids), "continuations": [_plain(part) for part in continuations]}
+        found = self._child.ask(request, doing=f"scoring {len(continuations)} continuations of {len(ids)} tokens")
+        return [np.asarray(nll, dtype=np.float64) for nll in found]
+
+    def generate(self, ids: Sequence[int], *, max_tokens: int, one_line: bool = False) -> str:
+        """The likeliest continuation of a text of at least one token, up to an end token. one_line: its first line with text in it."""
+        request = {"op": "generate", "ids": _plain(ids), "max_tokens": max_tokens, "one_line": one_line}
+        return self._child.ask(request, doing=f"continuing {len(ids)} tokens")
+
 
 def _anonymous_file() -> IO[bytes]:
     """A file without a name, which lasts as long as someone holds it."""

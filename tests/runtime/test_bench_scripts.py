@@ -1,0 +1,54 @@
+"""The scripts that check the bench run on tiny models. What they find there means nothing; that they find it is what is tested."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from onnx_folders import write_tiny_onnx
+from tiny_gguf import write_tiny_gguf
+
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+
+
+def script(name: str, *arguments: object) -> str:
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    found = re.findall(r"median of \d+ paired ratios: ([\d.]+)", done.stdout)
+    if found:
+        assert done.returncode == (0 if all(float(ratio) <= 1.02 for ratio in found) else 1), "the status is that of the ratios"
+    return done.stdout
+
+
+def test_overhead_of_llama_cpp(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    out = script("overhead.py", path, "--pairs", 3, "--tokens", 2, "--prompt-tokens", 600, "--threads", 1)
+    assert re.search(r"edgeq / bare( +[\d.]+){4}\nmedian of 3 paired ratios: [\d.]+ \([\d.]+ to [\d.]+\), limit 1\.02", out)
+
+
+def test_overhead_of_onnx_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    write_tiny_onnx(tmp_path / "onnx")
+    out = script("overhead.py", tmp_path / "onnx", "--pairs", 2, "--tokens", 2, "--prompt-tokens", 8, "--threads", 1)
+    assert re.search(r"edgeq / genai( +[\d.]+){4}\nmedian of 2 paired ratios: [\d.]+, limit 1\.02", out)
+
+
+def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
+    out = script("overhead.py", tmp_path)
+    assert out == ""
+
+
+def test_repeatability(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    out = script("repeatable.py", path, "--repeat", 3, "--prompt-tokens", 4, "--gen-tokens", 2, "--threads", 1)
+    assert (
+        len(re.findall(r"^again +\w+ +[\d.e-]+ to [\d.e-]+   [\d.e-]+ to [\d.e-]+   (?:overlap|DO NOT OVERLAP)$", out, re.MULTILINE)) == 4
+    )
+    assert "no interval: repeat more often" in out, "two warm loads are too few"
+    worst = re.search(r"^memory +/proc beside psutil in (\d+) processes: the worst ratio is ([\d.]+)$", out, re.MULTILINE)
+    assert worst is not None and int(worst[1]) >= 6
+    assert float(worst[2]) == pytest.approx(1, abs=0.02)
