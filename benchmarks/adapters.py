@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -91,8 +92,10 @@ def session_logits(session: Any, ids: Sequence[Sequence[int]]) -> Logits:
 def export(
     setting: Setting, name: str, *, model: str | Path | None = None, quant: str | None = None, adapter: Path | None = None, **options: Any
 ) -> Path:
-    """Export into DIR/name, unless it is there, and see to it that the gate has passed."""
+    """Export into DIR/name, unless it is there and younger than the adapter, and see to it that the gate has passed."""
     folder = setting.work / name
+    if folder.exists() and adapter is not None and folder.stat().st_mtime < (adapter / "adapter_model.safetensors").stat().st_mtime:
+        shutil.rmtree(folder)
     if not folder.exists():
         with_adapter = {} if adapter is None else {"adapters": [str(adapter)], **options}
         rest = options if adapter is None else {}
