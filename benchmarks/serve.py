@@ -7,8 +7,8 @@ single       every (model, prompt) once, by one client after another: the texts 
 load         --requests requests in a seeded random order from --clients clients, over the model and all its adapters, through chat and
              completions, whole and streamed, by the official `openai` client. Reported: wrong answers; p50 and p99 of the time to the whole
              answer and, of streams, to the first text, waiting in the queue included; answers and tokens per second
-rss          resident memory of the server's process before the load, after it, and after the same again; likewise of the abuse. A leak
-             grows both times, what an allocator keeps for the next time only once
+rss          resident memory of the server's process before the load, after it, and after the same again; after every abuse, up to six,
+             until one leaves it as it was. A leak grows every time, what an allocator keeps for the next time only now and then
 abuse        malformed bodies, prompts that do not fit, bodies that are too large, unknown models, clients that leave before the answer and
              in the middle of it: the status each must get, and that all slots are free at the end
 end          SIGTERM while an answer runs: the answer is finished, and the process ends with status 0
@@ -53,7 +53,8 @@ PROMPTS = (
     "My grandmother kept three clocks",
     "1, 2, 3, 5, 8,",
 )
-GROWTH_LIMIT = 16 << 20  # bytes, the second time
+GROWTH_LIMIT = 16 << 20  # bytes, in the last round
+ABUSES = 6  # at most, until memory grows no more
 START_S, END_S = 120.0, 60.0
 
 Key = tuple[str, str, bool]  # model, prompt, through the chat template
@@ -252,28 +253,33 @@ def measure(package: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any
             keys = [(model, prompt, chat) for model in models for prompt in PROMPTS[: arguments.prompts] for chat in (False, True)]
             expected = {key: ask(client, key, tokens=arguments.tokens, stream=False).text for key in keys}
         differ = len({tuple(expected[key] for key in keys if key[0] == model) for model in models})
-        rss = [server.rss()]
+        rss = {"load": [server.rss()], "abuse": []}
         loads = []
         for _ in range(2):
             loads.append(load(server, expected, n_requests=arguments.requests, n_clients=arguments.clients, tokens=arguments.tokens))
-            rss.append(server.rss())
-        for _ in range(2):
+            rss["load"].append(server.rss())
+        while len(rss["abuse"]) < 2 or (len(rss["abuse"]) < ABUSES and _growth(rss["abuse"]) > GROWTH_LIMIT):
             abused = abuse(server, models[0])
-            rss.append(server.rss())
+            rss["abuse"].append(server.rss())
         ended = ends_well(server, keys[0], expected[keys[0]], tokens=arguments.tokens)
     results = {"models": models, "slots": arguments.slots, "loads": loads, "rss_bytes": rss, "abuse": abused, "ended_well": ended}
     missed = [f"{load['wrong']} answers differ from the single client's, first {load['first_wrong']}" for load in loads if load["wrong"]]
     missed += [f"{name}: {abused['statuses'][name]}, not {want}" for name, want in MUST.items() if abused["statuses"][name] != want]
     if differ != len(models):
         missed.append("two models give the same texts, so that mixing them up would not show")
-    for what, growth in (("load", rss[2] - rss[1]), ("abuse", rss[4] - rss[3])):
-        if growth > GROWTH_LIMIT:
-            missed.append(f"memory grew by {growth} bytes during the second {what}")
+    for what, taken in rss.items():
+        if _growth(taken) > GROWTH_LIMIT:
+            missed.append(f"memory grew by {_growth(taken)} bytes during the last {what}, as it did before")
     if abused["busy_slots"]:
         missed.append(f"{abused['busy_slots']:g} slots are taken although every client has left")
     if not ended:
         missed.append("the server did not finish its last answer and end with status 0")
     return results, missed
+
+
+def _growth(rss: list[int]) -> int:
+    """In the last round."""
+    return rss[-1] - rss[-2]
 
 
 def show(results: dict[str, Any]) -> None:
@@ -285,8 +291,8 @@ def show(results: dict[str, Any]) -> None:
             f"answer p50 {answer['p50']:.3f} s, p99 {answer['p99']:.3f} s; first text p50 {first['p50']:.3f} s, p99 {first['p99']:.3f} s; "
             f"{loaded['requests_per_s']:.1f} requests/s, {loaded['tokens_per_s']:.0f} tokens/s"
         )
-    mib = ", ".join(f"{value / 2**20:.1f}" for value in results["rss_bytes"])
-    print(f"rss before, after load 1, load 2, abuse 1, abuse 2: {mib} MiB")
+    for what, taken in results["rss_bytes"].items():
+        print(f"rss {'before and ' if what == 'load' else ''}after each {what}: {', '.join(f'{n / 2**20:.1f}' for n in taken)} MiB")
     print(f"abuse: {results['abuse']['statuses']}; {results['abuse']['left']} clients left, {results['abuse']['busy_slots']:g} slots taken")
     print(f"ended well: {results['ended_well']}")
 
