@@ -7,9 +7,10 @@
 slots=1       one request after another through the session itself, which reuses what prompts have in common. A request's greedy answer is
               the one that it gets alone, whatever came before (`Session.exact`).
 slots > 1     llama.cpp only: that many sequences of one set of adapters share every llama_decode, each with a cache of its own and
-              nothing reused. Kernels may round sums of several sequences in another order than those of one, so that a greedy answer
-              can turn another way where two tokens are all but equally likely; on SmolLM2-135M in Q4_0 none of 32 did, with 2 and 4
-              slots on a CPU. In ONNX Runtime requests still run one at a time.
+              nothing reused. Kernels round sums of several sequences in another order than those of one, so every computation has as
+              many rows as there are slots, and an answer is the same in any company: on SmolLM2-135M in Q4_0 on a CPU, 1000 requests of
+              16 clients to a server of 4 slots gave the answers that each gave alone; with as many rows as requests 30 differed.
+              It need not be the answer of another number of slots. In ONNX Runtime requests still run one at a time.
 
 Adapters act on a whole computation, so requests wait for those of other adapters. Of one set at most BYPASS * slots are let in while a
 request for another one is at the head of the queue; then what runs is finished, and that one has its turn.
@@ -365,8 +366,8 @@ class _Together:
             for lane in list(self._runs):
                 self._leave(lane, err)
             return
-        for row, lane in enumerate(list(self._runs)):
-            self._sampled(lane, row)
+        for lane in list(self._runs):
+            self._sampled(lane, lane)
 
     def _sampled(self, lane: int, row: int) -> None:
         """Take the next token of a lane from its row of logits."""

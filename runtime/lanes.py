@@ -42,13 +42,19 @@ class Lanes:
             )
 
     def step(self, tokens: Mapping[int, int]) -> None:
-        """Append one token to each of some sequences, by lane. Rows of logits are in the order given. Raises as `fill`, for all of them."""
-        batch, n, lanes = self._batch, len(tokens), list(tokens)
-        filled = batch.filled(np.fromiter(tokens.values(), np.int32, n), 0, "all")
-        batch.sequences[:n], batch.positions[:n] = lanes, [self._lengths[lane] for lane in lanes]
+        """Append one token to each of some sequences, by lane, whose number is that of its row of logits.
+
+        Raises as `fill`, for all of them. Idle lanes compute a token that nobody sees: a row's sums are then rounded alike, however many others run.
+        """
+        batch, lanes = self._batch, range(len(self._lengths))
+        filled = batch.filled(np.array([tokens.get(lane, 0) for lane in lanes], dtype=np.int32), 0, "all")
+        batch.sequences[: len(lanes)], batch.positions[: len(lanes)] = lanes, self._lengths
         self._decode(filled, lanes)
         for lane in lanes:
-            self._lengths[lane] += 1
+            if lane in tokens:
+                self._lengths[lane] += 1
+            else:
+                self.free(lane)
 
     def free(self, lane: int) -> None:
         """Empty a sequence."""
