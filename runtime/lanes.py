@@ -44,7 +44,8 @@ class Lanes:
     def step(self, tokens: Mapping[int, int]) -> None:
         """Append one token to each of some sequences, by lane, whose number is that of its row of logits.
 
-        Raises as `fill`, for all of them. Idle lanes compute a token that nobody sees: a row's sums are then rounded alike, however many others run.
+        Raises as `fill`, for all of them. Idle lanes compute a token that nobody sees: a row's sums are then rounded alike, however many
+        others run.
         """
         batch, lanes = self._batch, range(len(self._lengths))
         filled = batch.filled(np.array([tokens.get(lane, 0) for lane in lanes], dtype=np.int32), 0, "all")
