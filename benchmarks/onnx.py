@@ -8,7 +8,8 @@ builder  the same weights by `onnxruntime_genai.models.builder` (int4, blocks of
 speed    prefill of 512 tokens and decoding of 128 of both through onnxruntime-genai, a fresh process each time, in turns; the ratio of ours
          to the builder's is the median over rounds, with a bootstrap interval
 greedy   64 tokens on ten prompts: onnxruntime-genai on our folder beside `edgeq.load`
-cuts     perplexity of elastic packages in ONNX and GGUF cut at the same rates, calibrated on the first half of the text
+cuts     perplexity of elastic packages in ONNX and GGUF cut at the same rates, calibrated on the first half of the text; and of ONNX
+         packages pruned by `--prune` at these rates, whose layers have head sizes and RoPE pairs of their own
 adapters what places for an adapter (--adapter, of the model) cost when none is set, and when it is; the time of a switch
 memory   peak of exporting a model of random weights of the shape of a 1B Llama
 
@@ -39,7 +40,7 @@ PROFILE = "laptop-cpu"
 TABLES = ("builder", "speed", "greedy", "cuts", "adapters", "memory")
 PROMPT_TOKENS, GEN_TOKENS, GREEDY_TOKENS, PROMPTS = 512, 128, 64, 10
 COST_LIMIT = 0.98  # speed of a graph with places that nothing takes, beside one without
-CUT_RATES = (0.0, 0.15, 0.25)
+CUT_RATES = (0.0, 0.15, 0.25, 0.35)
 PEAK_LIMIT = 4 << 30
 N_EMBD, N_FF, N_HEADS, N_KV, N_LAYERS = 2048, 8192, 32, 8, 16  # with a head of 64: Llama 3.2 1B but for its vocabulary
 
@@ -213,9 +214,18 @@ def cuts_table(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
         package, *_ = exported(arguments.work, arguments.model, quant, *options, name=f"elastic-{file_format}-{quant}")
         found = [perplexity(package, text, arguments.ctx, arguments.chunks, rate) for rate in CUT_RATES]
         rows[file_format] = dict(zip(map(str, CUT_RATES), found, strict=True))
-        said = "   ".join(f"{rate:g}: {value:.3f}" for rate, value in zip(CUT_RATES, found, strict=True))
-        print(f"cuts     {file_format} {quant}   perplexity at {said}", flush=True)
+        print(f"cuts     {file_format} {quant}   perplexity at {_by_rate(rows[file_format])}", flush=True)
+    rows["pruned"] = {}
+    for rate in CUT_RATES[1:]:
+        options = ("--format", "onnx", "--prune", str(rate), "--no-verify", "--calibration", str(calibration))
+        package, *_ = exported(arguments.work, arguments.model, "int8", *options, name=f"pruned-onnx-int8-{rate:g}")
+        rows["pruned"][str(rate)] = perplexity(package, text, arguments.ctx, arguments.chunks)
+    print(f"cuts     onnx int8 --prune   perplexity at {_by_rate(rows['pruned'])}", flush=True)
     return rows | {"ok": True}
+
+
+def _by_rate(found: dict[str, float]) -> str:
+    return "   ".join(f"{rate}: {value:.3f}" for rate, value in found.items())
 
 
 def adapters_table(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from edgeq.compensation import Regression, regression
 from edgeq.converters.gguf.cuttable import Cuttable, Freedom, cuttable, head_sizes
 from edgeq.converters.gguf.lowering import Lowered
 from edgeq.converters.gguf.mixes import finer_grid
-from edgeq.elastic import Ladder, Port, steps_for_rate
+from edgeq.elastic import Kept, Ladder, Port, steps_for_rate
 from edgeq.elastic_files import SortMode
 from edgeq.grids import Grid
 from edgeq.listening import Listening
@@ -173,9 +173,16 @@ def _as_they_are(spec: ModelSpec) -> tuple[Index, ...]:
     return tuple(np.arange(ports.size(block)) for block in spec.blocks)
 
 
-def sorted_model(model: Model, found: Sorting) -> Model:
-    """The model in sorted order: the same function."""
-    spec, tensors = ports.apply(model.spec, model.tensors, found.orders, pair_order=found.pair_order, rotations=found.rotations)
+def sorted_model(model: Model, found: Sorting, kept: Kept | None = None) -> Model:
+    """The model in sorted order: the same function. kept: what of it will stay; heads that lose nothing keep their order."""
+    pair_orders, rotations = found.pair_orders, found.rotations
+    if pair_orders is not None and rotations is not None and kept is not None:
+        smaller = {b.layer for b in model.spec.attention if kept.head_dims is not None and kept.head_dims[b.layer] < b.head_dim}
+        pair_orders = {layer: order for layer, order in pair_orders.items() if layer in smaller}
+        rotations = {layer: own for layer, own in rotations.items() if layer in smaller}
+    spec, tensors = ports.apply(
+        model.spec, model.tensors, found.orders, pair_order=found.pair_order, pair_orders=pair_orders, rotations=rotations
+    )
     return replace(model, spec=spec, tensors=tensors)
 
 
@@ -187,7 +194,7 @@ def pruned_model(model: Model, found: Sorting, rate: float, *, down_bias: bool) 
     """
     n_steps = steps_for_rate(found.ladder, rate)
     kept = found.ladder.kept(n_steps)
-    whole = sorted_model(model, found)
+    whole = sorted_model(model, found, kept)
     spec, tensors = ports.cut(whole.spec, whole.tensors, kept)
     adds_bias = down_bias and any(block.layer in found.hidden for block in spec.mlps)
     for block in spec.mlps:

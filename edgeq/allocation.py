@@ -71,9 +71,9 @@ def build_ladder(
     """One order of steps over all layers and ports, up to the first that reaches MAX_RATE.
 
     sensitivity, nats per token, by port and layer: "ffn" (n_ff,) and "kv_group" (n_kv_heads,), each part's own, in any order; "head"
-    (head_dim / 2,), of two dimensions each, in the order in which they are stored; "layer" (1,), the whole layer's. A port without them,
-    or one that `freedom` names "no" or not at all, is not cut. Layers go only where nothing else is cut in all layers alike, and never the
-    first or the last. channel_step: channels that go at once. head_sizes: sizes that heads may be cut to.
+    (head_dim / 2,), of two dimensions of all its heads each, in the order in which they are stored; "layer" (1,), the whole layer's. A port
+    without them, or one that `freedom` names "no" or not at all, is not cut. Layers go only where nothing else is cut in all layers alike,
+    and never the first or the last. channel_step: channels that go at once. head_sizes: sizes that heads may be cut to.
 
     Every block that stays keeps at least one step of channels or one group. Tensors are asked for their shapes only. Raises ShapeError for
     sensitivities of another length than their port; UnsupportedError when all steps leave more than 1 - MAX_RATE, or when what is
@@ -89,8 +89,12 @@ def build_ladder(
         blocks = [b for b in spec.blocks if ports.port_of(b) == port]
         if blocks and freedom.get(port) == "all layers alike" and all((port, b.layer) in sensitivity for b in blocks):
             chains[None].append(costs.chain(blocks, at_once, layer=None))
-    if freedom.get("head", "no") != "no" and head_sizes and any(port == "head" for port, _ in sensitivity):
-        chains[None].append(costs.head_chain(head_sizes))
+    if freedom.get("head", "no") != "no" and head_sizes and (measured := [layer for port, layer in sensitivity if port == "head"]):
+        if freedom["head"] == "per layer":
+            for layer in sorted(measured):
+                chains.setdefault(layer, []).append(costs.head_chain(head_sizes, layer))
+        else:
+            chains[None].append(costs.head_chain(head_sizes, None))
     if freedom.get("layer") == "per layer" and "all layers alike" not in (freedom.get("ffn"), freedom.get("kv_group")):
         for layer in range(1, spec.n_layers - 1):
             if ("layer", layer) in sensitivity:
@@ -175,15 +179,15 @@ class _Costs:
         stops = range((start - 1) // at_once * at_once, 0, -at_once)
         return self._moves(port, layer, (start, *stops), values, per_part, part=1)
 
-    def head_chain(self, head_sizes: Sequence[int]) -> list[Move]:
-        """Moves of all heads together, to each smaller size in turn."""
-        layers = list(self.head_dims)
+    def head_chain(self, head_sizes: Sequence[int], layer: int | None) -> list[Move]:
+        """Moves of all heads of a layer, or of all layers, together, to each smaller size in turn."""
+        layers = list(self.head_dims) if layer is None else [layer]
         start = self.head_dims[layers[0]]
         if set(self.head_dims.values()) != {start}:
             raise UnsupportedError(_unlike("head", list(self.head_dims.values())))
         values = {i: self._values("head", i, start // 2) for i in layers}
         per_dim = sum(self.per_dim[i] * self.sizes["kv_group"][i] for i in layers)
-        return self._moves("head", None, sorted({start, *(s for s in head_sizes if s < start)}, reverse=True), values, per_dim, part=2)
+        return self._moves("head", layer, sorted({start, *(s for s in head_sizes if s < start)}, reverse=True), values, per_dim, part=2)
 
     def whole(self, layer: int) -> Move:
         """A layer's removal from its full size. Where the model is better without it, its damage is negative and it goes first."""

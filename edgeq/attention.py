@@ -5,6 +5,8 @@ Everything here is a pure function of torch tensors whose last two axes are (tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +24,18 @@ def rope_angles(rope: RopeSpec, n_tokens: int, *, n_ctx: int, device: torch.devi
     angle = torch.outer(torch.arange(n_tokens, dtype=torch.float64), frequencies)
     cos, sin = angle.cos() * rope.attn_factor, angle.sin() * rope.attn_factor
     return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
+
+
+def by_head(angles: Angles, pairs: Sequence[Sequence[int]] | None, n_heads: int) -> Angles:
+    """Angles for heads (.., n_heads, n_tokens, head_dim) of which each turns pairs of its own, (n_heads, n_tokens, pairs) each.
+
+    pairs: as in `edgeq.spec.Attention`; None leaves angles as they are, one for all heads.
+    """
+    if pairs is None:
+        return angles
+    index = torch.tensor([own for own in pairs for _ in range(n_heads // len(pairs))], device=angles[0].device)
+    cos, sin = (part[:, index].transpose(0, 1) for part in angles)
+    return cos, sin
 
 
 def rotate(x: torch.Tensor, angles: Angles) -> torch.Tensor:

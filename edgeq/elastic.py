@@ -4,7 +4,7 @@ Sorting writes one ordered list of steps. A step takes the least important part 
 
     ffn       MLP channels: gate and up rows, down columns
     kv_group  key and value rows of one KV head, query rows and output columns of the query heads that read it
-    head      dimensions of every head of every layer: pairs of rotated query and key rows, and as many value rows and output columns
+    head      dimensions of every head: pairs of rotated query and key rows, and as many value rows and output columns
     layer     all that is left of a layer
 
 of one layer, or of all layers alike, for architectures that state a size once. A cut is a prefix of this list, so every rate and every
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from operator import index
@@ -42,7 +42,7 @@ class Step:
     """Of `layer`, or of all layers alike when it is None, cut `port` from `start` parts down to `stop`.
 
     removed: parameters that go over all layers, biases and norms included. damage: predicted rise of the loss by this step alone, in nats
-    per token. Port "head" is always of all layers; port "layer" goes from 1 to 0 and takes what the steps before it left of its layer.
+    per token. Port "layer" goes from 1 to 0 and takes what the steps before it left of its layer.
     """
 
     layer: int | None
@@ -57,12 +57,14 @@ class Step:
 class Kept:
     """What a cut keeps: by layer, the number of MLP channels and of KV groups (zero: the block is gone); and dimensions of a head.
 
-    head_dim: None means as in the file.
+    head_dim: of all heads, which turn the same RoPE pairs; None means as in the file. head_dims: in its place where heads are cut layer by
+    layer, of each layer.
     """
 
     n_ff: tuple[int, ...]
     n_kv: tuple[int, ...]
     head_dim: int | None = None
+    head_dims: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,8 @@ class Point:
 class Ladder:
     """All cuts of one package. n_ff, n_kv, head_dim: sizes before any cut; block_params: parameters of all blocks then.
 
-    head_dim is needed by steps of port "head" only. Embeddings, final norm and head do not count. Raises PackageError when steps do not
-    follow from one another, or lead to what llama.cpp cannot run.
+    head_dim is needed by steps of port "head" only, which are of all layers or each of one. Embeddings, final norm and head do not count.
+    Raises PackageError when steps do not follow from one another, or lead to what llama.cpp cannot run.
     """
 
     n_ff: tuple[int, ...]
@@ -135,7 +137,12 @@ class Ladder:
         left = _Left(list(self.n_ff), list(self.n_kv), self.head_dim)
         for step in self.steps[:n_steps]:
             left.take(step)
-        return Kept(n_ff=tuple(left.n_ff), n_kv=tuple(left.n_kv), head_dim=None if left.head_dim == self.head_dim else left.head_dim)
+        return Kept(
+            n_ff=tuple(left.n_ff),
+            n_kv=tuple(left.n_kv),
+            head_dim=None if left.head_dim == self.head_dim else left.head_dim,
+            head_dims=tuple(left.of_head(layer) for layer in range(len(self.n_ff))) if left.head_dims else None,
+        )
 
     @property
     def smallest(self) -> Kept:
@@ -192,17 +199,24 @@ class Ladder:
 
 @dataclass
 class _Left:
-    """What is left while steps are taken."""
+    """What is left while steps are taken. head_dims: of layers whose heads were cut for themselves."""
 
     n_ff: list[int]
     n_kv: list[int]
     head_dim: int | None
+    head_dims: dict[int, int] = field(default_factory=dict)
+
+    def of_head(self, layer: int) -> int:
+        assert self.head_dim is not None
+        return self.head_dims.get(layer, self.head_dim)
 
     def take(self, step: Step) -> None:
         """step: one without a fault."""
         layers = range(len(self.n_ff)) if step.layer is None else (step.layer,)
-        if step.port == "head":
+        if step.port == "head" and step.layer is None:
             self.head_dim = step.stop
+        elif step.port == "head":
+            self.head_dims[layers[0]] = step.stop
         for layer in layers:
             if step.port in ("ffn", "layer"):
                 self.n_ff[layer] = step.stop
@@ -214,7 +228,7 @@ class _Left:
         n_layers, where = len(self.n_ff), "all layers" if step.layer is None else f"layer {step.layer}"
         if step.port not in get_args(Port) or not (step.layer is None or 0 <= step.layer < n_layers):
             return f"no port {step.port!r} in {where} of {n_layers}"
-        if (step.port == "head" and step.layer is not None) or (step.port == "layer" and step.layer is None):
+        if step.port == "layer" and step.layer is None:
             return f"port {step.port!r} cannot be cut in {where}"
         sizes = self._sizes(step)
         if (
@@ -233,7 +247,9 @@ class _Left:
     def _sizes(self, step: Step) -> set[int]:
         """Parts that the port has now, over the layers of the step."""
         if step.port == "head":
-            return {self.head_dim} if self.head_dim is not None else set()
+            if self.head_dim is None:
+                return set()
+            return {self.head_dim, *self.head_dims.values()} if step.layer is None else {self.of_head(step.layer)}
         if step.port == "layer":
             assert step.layer is not None
             return {int(self.n_ff[step.layer] + self.n_kv[step.layer] > 0)}

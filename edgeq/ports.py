@@ -2,7 +2,7 @@
 
     ffn       MLP channels                     of one layer
     kv_group  KV heads with their query heads  of one layer
-    head      dimensions of every head of every layer: as many of values (vo) as of queries and keys, in RoPE pairs (qk)
+    head      dimensions of every head, of one layer or of all: as many of values (vo) as of queries and keys, in RoPE pairs (qk)
     layer     everything in a layer
 
 `edgeq.transforms` lists the tensor axes of ffn, kv_group, vo and qk. Moving parts leaves the model's function as it is. Leaving parts
@@ -73,20 +73,28 @@ def apply(
     orders: Sequence[Index],
     *,
     pair_order: Index | None = None,
+    pair_orders: Mapping[int, Index] | None = None,
     rotations: Mapping[int, Numbers] | None = None,
 ) -> tuple[ModelSpec, dict[str, LazyTensor]]:
     """The model in sorted order: the same function, its parts moved.
 
     orders: for each block of the spec, its channels or KV groups, most important first. pair_order: RoPE pairs of the whole model, as in
-    `order_pairs`; give it whenever heads may be cut later, even if no pair moves. rotations: by layer, the matrix of each KV head in its
-    old place, as in `Rotation`. Raises UnsupportedError as `order_pairs`, ShapeError for what does not fit the spec.
+    `order_pairs`; give it whenever heads may be cut later, even if no pair moves. pair_orders: in its place, pairs of layers by KV head, as
+    in `order_pairs_by_head`. rotations: by layer, the matrix of each KV head in its old place, as in `Rotation`. Raises UnsupportedError as
+    `order_pairs`, ShapeError for what does not fit the spec.
     """
     spec, changed = (spec, dict(tensors)) if pair_order is None else order_pairs(spec, tensors, pair_order)
+    if pair_orders:
+        spec, changed = order_pairs_by_head(spec, changed, pair_orders)
+    blocks: list[Block] = []
     for block, order in zip(spec.blocks, orders, strict=True):
         if isinstance(block, Attention) and rotations is not None and block.layer in rotations:
             changed = transformed(spec, changed, block, "vo", Rotation(rotations[block.layer]))
         changed = select(changed, block, order)
-    return spec, changed
+        if isinstance(block, Attention) and block.pairs is not None:
+            block = dataclasses.replace(block, pairs=tuple(block.pairs[group] for group in order))
+        blocks.append(block)
+    return dataclasses.replace(spec, blocks=tuple(blocks)), changed
 
 
 def order_pairs(spec: ModelSpec, tensors: Mapping[str, LazyTensor], order: Index) -> tuple[ModelSpec, dict[str, LazyTensor]]:
@@ -103,6 +111,27 @@ def order_pairs(spec: ModelSpec, tensors: Mapping[str, LazyTensor], order: Index
     return _with_ropes(wide, lambda rope: rope.take(order.tolist())), _take_pairs(wide, changed, order)
 
 
+def order_pairs_by_head(
+    spec: ModelSpec, tensors: Mapping[str, LazyTensor], orders: Mapping[int, Index]
+) -> tuple[ModelSpec, dict[str, LazyTensor]]:
+    """RoPE pairs of layers in an order of each KV head's own, (n_kv_heads, head_dim / 2), with the pairs that its spec says it turns.
+
+    Heads are `widened`. Raises UnsupportedError for a family that normalises heads, and for heads of several sizes; ShapeError for pairs
+    that are not there, or missing.
+    """
+    wide, changed = widened(spec, tensors)
+    blocks: list[Block] = []
+    for block in wide.blocks:
+        if isinstance(block, Attention) and block.layer in orders:
+            order = orders[block.layer]
+            changed = transformed(wide, changed, block, "qk", Order(order))
+            pairs_of = block.pairs or (tuple(range(block.head_dim // 2)),) * block.n_kv_heads
+            taken = tuple(tuple(own[pair] for pair in new) for own, new in zip(pairs_of, order.tolist(), strict=True))
+            block = dataclasses.replace(block, pairs=None if block.rope == "none" else taken)
+        blocks.append(block)
+    return dataclasses.replace(wide, blocks=tuple(blocks)), changed
+
+
 def widened(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSpec, dict[str, LazyTensor]]:
     """The same model with rotary embeddings of whole heads, so that pairs which never turn can be ordered among the others.
 
@@ -115,7 +144,7 @@ def widened(spec: ModelSpec, tensors: Mapping[str, LazyTensor]) -> tuple[ModelSp
         return spec, changed
     role = "q_norm" if family(spec.family).qk_norm else "wq"
     for block in spec.attention:
-        rope = {"main": spec.rope, "local": spec.rope_local, "none": None}[block.rope]
+        rope = spec.rope_of(block)
         if rope is not None and rope.attn_factor != 1:
             factors = np.ones(head_dim)
             factors[pairs(head_dim, rope_dim)[rope_dim // 2 :]] = rope.attn_factor**-2
@@ -129,44 +158,62 @@ def with_sizes(spec: ModelSpec, kept: Kept) -> ModelSpec:
 
     Raises UnsupportedError for a head size that cannot be.
     """
-    spec = _with_head_dim(spec, kept.head_dim)
+    spec = _with_heads(spec, kept)
     blocks: list[Block] = []
     for block in spec.blocks:
         if isinstance(block, Mlp) and kept.n_ff[block.layer]:
             blocks.append(dataclasses.replace(block, n_ff=kept.n_ff[block.layer]))
         elif isinstance(block, Attention) and (n_kv := kept.n_kv[block.layer]):
             group = block.n_heads // block.n_kv_heads
-            blocks.append(dataclasses.replace(block, n_kv_heads=n_kv, n_heads=n_kv * group))
+            own = None if block.pairs is None else block.pairs[:n_kv]
+            blocks.append(dataclasses.replace(block, n_kv_heads=n_kv, n_heads=n_kv * group, pairs=own))
     return dataclasses.replace(spec, blocks=tuple(blocks))
 
 
 def cut(spec: ModelSpec, tensors: Mapping[str, LazyTensor], kept: Kept) -> tuple[ModelSpec, dict[str, LazyTensor]]:
     """The first parts of every port of a sorted model, without compensation. Raises as `with_sizes`, and ShapeError for parts it lacks."""
-    small = _with_head_dim(spec, kept.head_dim)
+    small = _with_heads(spec, kept)
     chosen = dict(tensors)
     if small is not spec:
         wide, chosen = widened(spec, chosen)
-        head_dim = small.attention[0].head_dim
-        chosen = _take_pairs(wide, chosen, np.arange(head_dim // 2))
-        for block in wide.attention:
-            first = np.tile(np.arange(head_dim), (block.n_kv_heads, 1))
-            chosen = transformed(wide, chosen, block, "vo", Order(first))
+        for block, left in zip(wide.attention, small.attention, strict=True):
+            if left.head_dim < block.head_dim:
+                chosen = transformed(wide, chosen, block, "qk", Order(np.arange(left.head_dim // 2)))
+                first = np.tile(np.arange(left.head_dim), (block.n_kv_heads, 1))
+                chosen = transformed(wide, chosen, block, "vo", Order(first))
     for part in small.blocks:
         chosen = select(chosen, part, np.arange((kept.n_ff if isinstance(part, Mlp) else kept.n_kv)[part.layer]))
     return with_sizes(spec, kept), chosen
 
 
-def _with_head_dim(spec: ModelSpec, head_dim: int | None) -> ModelSpec:
-    """The spec with the first head_dim dimensions of every head; itself when that is all of them."""
-    if head_dim is None or head_dim == (full := _head_dim(spec)):
+def _with_heads(spec: ModelSpec, kept: Kept) -> ModelSpec:
+    """The spec with the first dimensions of every head, as many as are kept; itself when that is all of them."""
+    sizes = kept.head_dims if kept.head_dim is None else (kept.head_dim,)
+    if sizes is None:
         return spec
-    if not 0 < head_dim < full or head_dim % 2:
-        raise UnsupportedError(f"heads of {full} dimensions cannot be cut to {head_dim}. Keep an even number from 2 to {full}.")
+    full = _head_dim(spec)
+    if set(sizes) == {full}:
+        return spec
+    for size in sizes:
+        if not 0 < size <= full or size % 2:
+            raise UnsupportedError(f"heads of {full} dimensions cannot be cut to {size}. Keep an even number from 2 to {full}.")
     if family(spec.family).qk_norm:
         raise UnsupportedError(NORMED.format(spec.family, "without some dimensions all others change"))
-    smaller = _with_ropes(spec, lambda rope: rope.widened(full).take(range(head_dim // 2)))
-    blocks = tuple(dataclasses.replace(b, head_dim=head_dim) if isinstance(b, Attention) else b for b in spec.blocks)
-    return dataclasses.replace(smaller, blocks=blocks)
+    wide = _with_ropes(spec, lambda rope: rope.widened(full))
+    if kept.head_dim is not None:  # all heads turn the same pairs: the rope says which
+        blocks = tuple(dataclasses.replace(b, head_dim=sizes[0]) if isinstance(b, Attention) else b for b in spec.blocks)
+        return dataclasses.replace(_with_ropes(wide, lambda rope: rope.take(range(sizes[0] // 2))), blocks=blocks)
+    return dataclasses.replace(wide, blocks=tuple(_smaller(b, sizes[b.layer]) if isinstance(b, Attention) else b for b in spec.blocks))
+
+
+def _smaller(block: Attention, head_dim: int) -> Attention:
+    """A block whose heads have their first dimensions only, of a spec that is `widened`."""
+    if head_dim == block.head_dim:
+        return block
+    if block.rope == "none":
+        return dataclasses.replace(block, head_dim=head_dim)
+    own = block.pairs or (tuple(range(block.head_dim // 2)),) * block.n_kv_heads
+    return dataclasses.replace(block, head_dim=head_dim, pairs=tuple(pairs_of[: head_dim // 2] for pairs_of in own))
 
 
 def _with_ropes(spec: ModelSpec, change: Callable[[RopeSpec], RopeSpec]) -> ModelSpec:

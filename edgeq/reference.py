@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from edgeq.attention import Angles, attend, rope_angles, rotate
+from edgeq.attention import Angles, attend, by_head, rope_angles, rotate
 from edgeq.errors import SourceError, UsageError
 from edgeq.families import family
 from edgeq.progress import Progress, silent
@@ -220,7 +220,7 @@ class Reference:
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (windows, heads, n_tokens, head_dim)
         angles = self._angles_of(block, batch)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(q, by_head(angles, block.pairs, block.n_heads)), rotate(k, by_head(angles, block.pairs, block.n_kv_heads))
         mixed = attend(q, k, v, scale=self.spec.attn_scale, window=block.window).transpose(1, 2).flatten(2)
         observe(block.layer, "attn_out", mixed)
         return w.linear("wo", mixed)
@@ -235,7 +235,7 @@ class Reference:
     def _angles_of(self, block: Attention, batch: _Batch) -> Angles | None:
         key = (block.rope, batch.n_tokens, batch.n_ctx)
         if key not in self._angles:
-            rope = {"main": self.spec.rope, "local": self.spec.rope_local, "none": None}[block.rope]
+            rope = self.spec.rope_of(block)
             self._angles[key] = (
                 None if rope is None else rope_angles(rope, batch.n_tokens, n_ctx=batch.n_ctx, device=self.device, dtype=self.dtype)
             )

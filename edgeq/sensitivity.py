@@ -61,15 +61,18 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStatistics:
-    """Of the attention of one layer: sensitivities of what all its heads lose at once.
+    """Of the attention of one layer: sensitivities of what all its heads lose at once, or those of one KV head.
 
     rotations: for each KV head the principal directions of what its query heads read, strongest first, as rows: (n_kv_heads, head_dim,
     head_dim). values (head_dim,): of that direction in every head. pairs (head_dim / 2,): of a RoPE pair of the queries of every head.
+    group_values (n_kv_heads, head_dim), group_pairs (n_kv_heads, head_dim / 2): the same of each KV head's query heads.
     """
 
     rotations: torch.Tensor
     values: torch.Tensor
     pairs: torch.Tensor
+    group_values: torch.Tensor
+    group_pairs: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,14 +264,20 @@ class _Sums:
             self._square("groups", (x * slope).sum((2, 3)))
             if self.rotations is not None:
                 turned, slope = (torch.einsum("tgqd,ged->tgqe", t, self.rotations.to(t)) for t in (x, slope))
-                self._square("values", (turned * slope).sum((1, 2)))
+                self._square_by_group("values", (turned * slope).sum(2))
                 x, slope = (t.flatten(0, 1) for t in _with_gradient(seen["queries"]))
                 places = torch.from_numpy(pairs(self.attention.head_dim, self.rope_dim)).to(x.device)
-                self._square("pairs", (x * slope).sum(1)[:, places].sum(-1))
+                by_group = (x * slope).unflatten(1, (self.attention.n_kv_heads, -1)).sum(2)
+                self._square_by_group("pairs", by_group[:, :, places].sum(-1))
 
     def _square(self, name: str, terms: torch.Tensor) -> None:
         """Add the squares of terms (n_tokens, n) to the sums under this name."""
         self._sum(name, terms.square().sum(0, dtype=torch.float64))
+
+    def _square_by_group(self, name: str, terms: torch.Tensor) -> None:
+        """The same of terms (n_tokens, n_kv_heads, n), and of their sums over KV heads."""
+        self._square(name, terms.sum(1))
+        self._square(f"group_{name}", terms)
 
     def _sum(self, name: str, terms: torch.Tensor) -> None:
         self.squares[name] = terms if name not in self.squares else self.squares[name] + terms
@@ -277,7 +286,9 @@ class _Sums:
         found = {name: (squares / (2 * self.n_tokens)).float() for name, squares in self.squares.items()}
         none, heads = torch.zeros(0), None
         if self.rotations is not None:
-            heads = HeadStatistics(rotations=self.rotations, values=found["values"], pairs=found["pairs"])
+            heads = HeadStatistics(
+                rotations=self.rotations, **{name: found[name] for name in ("values", "pairs", "group_values", "group_pairs")}
+            )
         return LayerStatistics(
             layer=layer,
             channels=_shared_out(found["mlp"], self.squares["shares"]) if "mlp" in found else none,

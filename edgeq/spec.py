@@ -18,7 +18,11 @@ RopeUse = Literal["main", "local", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Grouped-query attention. window: tokens a query may look back, itself included; None means all."""
+    """Grouped-query attention. window: tokens a query may look back, itself included; None means all.
+
+    pairs: for each KV head, and the query heads that read it, the numbers of the rope's pairs that it turns, in its own order: pair j of
+    the head is dimensions (j, j + n) of its first 2n. None: all pairs of the rope, in the rope's order, in every head.
+    """
 
     layer: int
     n_heads: int
@@ -26,6 +30,7 @@ class Attention:
     head_dim: int
     rope: RopeUse = "main"
     window: int | None = None
+    pairs: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if min(self.n_heads, self.n_kv_heads, self.head_dim) < 1:
@@ -34,6 +39,13 @@ class Attention:
             )
         if self.n_heads % self.n_kv_heads:
             raise ShapeError(f"layer {self.layer}: {self.n_heads} heads do not divide into {self.n_kv_heads} kv heads")
+        if self.pairs is not None:
+            counts = {len(own) for own in self.pairs}
+            if len(self.pairs) != self.n_kv_heads or len(counts) != 1 or not 0 < 2 * max(counts) <= self.head_dim:
+                raise ShapeError(
+                    f"layer {self.layer}: RoPE pairs {[len(own) for own in self.pairs]} of its KV heads; expected one number of them, "
+                    f"from 1 to {self.head_dim // 2}, for each of {self.n_kv_heads}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +92,23 @@ class ModelSpec:
         if min(self.n_embd, self.n_vocab, self.n_ctx) < 1:
             raise ShapeError(f"n_embd {self.n_embd}, n_vocab {self.n_vocab} and n_ctx {self.n_ctx} must all be positive")
         for block in self.attention:
-            rope = {"main": self.rope, "local": self.rope_local, "none": None}[block.rope]
+            rope = self.rope_of(block)
             if block.rope == "local" and rope is None:
                 raise ShapeError(f"layer {block.layer} uses local rope, but the spec has none")
-            if rope is not None and rope.dim > block.head_dim:
+            if rope is None:
+                continue
+            if block.pairs is None and rope.dim > block.head_dim:
                 raise ShapeError(f"layer {block.layer}: rope dimension {rope.dim} exceeds head_dim {block.head_dim}")
+            if block.pairs is not None and not all(0 <= pair < rope.dim // 2 for own in block.pairs for pair in own):
+                raise ShapeError(f"layer {block.layer}: a RoPE pair is not one of 0 to {rope.dim // 2 - 1}")
+
+    def rope_of(self, block: Attention) -> RopeSpec | None:
+        """What a block's heads rotate by, None where they do not."""
+        return {"main": self.rope, "local": self.rope_local, "none": None}[block.rope]
+
+    def rope_dim(self, block: Attention) -> int:
+        """Dimensions of a block's heads that turn."""
+        return self.rope.dim if block.pairs is None else 2 * len(block.pairs[0])
 
     @property
     def attention(self) -> tuple[Attention, ...]:

@@ -3,7 +3,7 @@
     ffn       MLP channels                    moved, scaled
     kv_group  KV heads with their queries     moved
     vo        value dimensions of a KV head   moved, scaled, mixed by any invertible matrix, shifted
-    qk        RoPE pairs of a head            moved (in all layers alike, with their frequencies), scaled, turned
+    qk        RoPE pairs of a head            moved (with their frequencies), scaled, turned
 
 A port lists every tensor axis that moves with it, in the names and layout of `edgeq.families`, where fused projections are split: one
 table serves all families. A change is a value (`Order`, `Scale`, ...); `moves` turns it into one `AxisMap` for each role, for weights,
@@ -71,7 +71,9 @@ PORTS: Mapping[TensorPort, Mapping[str, Member]] = {
 
 @dataclass(frozen=True)
 class Order:
-    """Parts in a new order, by their old numbers. ffn (n,), kv_group (n,), vo (n_kv_heads, n), qk (n,): pairs, those that turn first."""
+    """Parts in a new order, by their old numbers. ffn (n,), kv_group (n,), vo (n_kv_heads, n), qk (n,) for all heads or (n_kv_heads, n)
+    for those of each KV head: pairs, those that turn first.
+    """
 
     index: Index
 
@@ -123,13 +125,13 @@ def moves(spec: ModelSpec, block: Block, port: TensorPort, change: Change) -> Mo
     """By role, which axis changes how. Roles that the family does not have, or that stay as they are, are left out.
 
     Raises ShapeError for a change of another shape than the port, UnsupportedError for one that would change the model's function. An
-    `Order` of qk is right only if all layers and the rotary frequencies take it (`ports.order_pairs`).
+    `Order` of qk is right only if the rotary frequencies take it too (`ports.order_pairs`, `ports.order_pairs_by_head`).
     """
     roles = {role: member for role, member in PORTS[port].items() if role in family(spec.family).roles}
     if (port == "ffn") != isinstance(block, Mlp):
         raise ShapeError(f"layer {block.layer}: {type(block).__name__} has no port {port}.")
     if isinstance(change, Order):
-        return {role: (member.axis, _take(block, port, change.index, member, spec.rope.dim)) for role, member in roles.items()}
+        return {role: (member.axis, _take(spec, block, port, change.index, member)) for role, member in roles.items()}
     linear = _linear_roles(spec, block, port, change, roles)
     if isinstance(change, Scale):
         return {role: (member.axis, _multiply(spec, block, port, change.factors, member)) for role, member in linear.items()}
@@ -151,7 +153,7 @@ def transformed(
 def selected(tensors: Mapping[str, LazyTensor], block: Block, parts: Index) -> dict[str, LazyTensor]:
     """All tensors, with the channels or KV groups of a block in another order, which is legal in every family. Raises ShapeError."""
     port: TensorPort = "ffn" if isinstance(block, Mlp) else "kv_group"
-    return _moved(tensors, block, {role: (m.axis, _take(block, port, parts, m, 0)) for role, m in PORTS[port].items()})
+    return _moved(tensors, block, {role: (m.axis, _take_parts(block, port, parts, m)) for role, m in PORTS[port].items()})
 
 
 def _moved(tensors: Mapping[str, LazyTensor], block: Block, moves: Moves) -> dict[str, LazyTensor]:
@@ -213,22 +215,29 @@ def _check_shape(block: Block, port: TensorPort, found: tuple[int, ...], expecte
         raise ShapeError(f"layer {block.layer}: a change of {port} has shape {list(found)}, expected {list(expected)}.")
 
 
-def _take(block: Block, port: TensorPort, index: Index, member: Member, rope_dim: int) -> Take:
-    places = _places(block, member.unit)
-    if isinstance(block, Mlp):
-        _check_parts(block, port, index, block.n_ff)
-        return Take(places[index])
-    if port == "kv_group":
-        _check_parts(block, port, index, block.n_kv_heads)
-        return Take(places[index].reshape(-1))
-    if port == "vo":
-        _check_shape(block, port, index.shape[:1], (block.n_kv_heads,))
-        for parts in index:
-            _check_parts(block, port, parts, block.head_dim)
-        return Take(np.take_along_axis(places, index[:, None], axis=2).reshape(-1))
-    _check_parts(block, port, index, block.head_dim // 2)
-    halves = pairs(block.head_dim, rope_dim)[index].T.reshape(-1)  # first dimensions of all pairs, then second ones
-    return Take(places[..., halves].reshape(-1))
+def _take(spec: ModelSpec, block: Block, port: TensorPort, index: Index, member: Member) -> Take:
+    if port in ("ffn", "kv_group"):
+        return _take_parts(block, port, index, member)
+    assert isinstance(block, Attention)
+    places, n_parts = _places(block, member.unit), block.head_dim // (1 if port == "vo" else 2)
+    if port == "qk" and index.ndim == 1:
+        _check_parts(block, port, index, n_parts)
+        halves = pairs(block.head_dim, spec.rope_dim(block))[index].T.reshape(-1)  # first dimensions of all pairs, then second ones
+        return Take(places[..., halves].reshape(-1))
+    if member.unit == "shared":
+        raise UnsupportedError(f"layer {block.layer}: " + NORMED.format(spec.family, "all heads share them and turn the same pairs"))
+    _check_shape(block, port, index.shape[:1], (block.n_kv_heads,))
+    for parts in index:
+        _check_parts(block, port, parts, n_parts)
+    if port == "qk":
+        index = pairs(block.head_dim, spec.rope_dim(block))[index].swapaxes(1, 2).reshape(block.n_kv_heads, -1)
+    return Take(np.take_along_axis(places, index[:, None], axis=2).reshape(-1))
+
+
+def _take_parts(block: Block, port: TensorPort, index: Index, member: Member) -> Take:
+    """Of channels or whole KV groups."""
+    _check_parts(block, port, index, block.n_ff if isinstance(block, Mlp) else block.n_kv_heads)
+    return Take(_places(block, member.unit)[index].reshape(-1))
 
 
 def _check_parts(block: Block, port: TensorPort, parts: Index, n_parts: int) -> None:
@@ -264,7 +273,7 @@ def _multiply(spec: ModelSpec, block: Block, port: TensorPort, factors: Numbers,
     full = np.empty(places.shape)
     if port == "qk":
         _check_shape(block, port, factors.shape, (block.n_kv_heads, block.head_dim // 2))
-        full[..., pairs(block.head_dim, spec.rope.dim)] = numbers[: len(places), None, :, None]
+        full[..., pairs(block.head_dim, spec.rope_dim(block))] = numbers[: len(places), None, :, None]
     else:
         _check_shape(block, port, factors.shape, (block.n_kv_heads, block.head_dim))
         full[:] = numbers[:, None]
@@ -274,7 +283,7 @@ def _multiply(spec: ModelSpec, block: Block, port: TensorPort, factors: Numbers,
 def _turns(spec: ModelSpec, block: Attention, angles: Numbers) -> Numbers:
     """One rotation matrix for the heads of each group, (n_kv_heads, head_dim, head_dim)."""
     _check_shape(block, "qk", angles.shape, (block.n_kv_heads, block.head_dim // 2))
-    first, second = pairs(block.head_dim, spec.rope.dim).T
+    first, second = pairs(block.head_dim, spec.rope_dim(block)).T
     matrices = np.zeros((block.n_kv_heads, block.head_dim, block.head_dim))
     matrices[:, first, first] = matrices[:, second, second] = np.cos(angles)
     matrices[:, second, first] = np.sin(angles)

@@ -251,6 +251,10 @@ def _check_kept(path: Path, sizes: Sizes, kept: Kept) -> None:
                 f"{what} to keep are {sorted(set(keep))}: llama.cpp's {sizes.arch} architecture has one number of {what} for all layers. "
                 "Keep the same, and at least one, in every layer."
             )
+    if kept.head_dims is not None:
+        raise PlanError(
+            f"head sizes {sorted(set(kept.head_dims))} by layer: llama.cpp has one for all layers. Keep the same in every layer."
+        )
     if kept.n_kv[0] == 0:
         raise PlanError("layer 0: no kv heads are kept, but llama.cpp reads the head size there. Keep at least one.")
     if kept.n_ff[-1] == 0:

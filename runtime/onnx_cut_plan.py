@@ -298,8 +298,9 @@ def _check_kept(path: Path, sizes: OnnxSizes, kept: Kept) -> None:
         for layer, (n, has) in enumerate(zip(keep, full, strict=True)):
             if not 1 <= n <= has:
                 raise PlanError(f"layer {layer}: {n} {what} cannot be kept of {has}. Keep 1 to {has}: a graph keeps every layer.")
-    if kept.head_dim is not None and set(sizes.head_dim) != {kept.head_dim}:
-        raise PlanError(f"heads cannot be cut to {kept.head_dim} dimensions in {path.name}. Keep all {max(sizes.head_dim)}.")
+    heads = kept.head_dims or (kept.head_dim or sizes.head_dim[0],) * n_layers
+    if (kept.head_dim or kept.head_dims) and heads != sizes.head_dim:
+        raise PlanError(f"heads cannot be cut to {min(heads)} dimensions in {path.name}. Keep all {max(sizes.head_dim)}.")
 
 
 def _resized(p: Projection, sizes: OnnxSizes, kept: Kept) -> Projection:

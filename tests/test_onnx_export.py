@@ -198,6 +198,31 @@ def test_a_pruned_package_has_sizes_of_its_own_in_each_layer(llama: Path, rate: 
     assert_same_greedy_tokens(tmp_path / "out", 12)
 
 
+@pytest.mark.parametrize(("name", "quant"), [("llama", "fp32"), ("llama", "int4"), ("phi3", "fp32"), ("smollm3", "fp32")])
+def test_a_pruned_package_has_heads_of_its_own_in_each_layer(
+    name: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head sizes by layer, and pairs of each KV head: what no GGUF file can say. onnxruntime-genai runs it as we do."""
+    monkeypatch.setattr("edgeq.sorting._HEAD_COST", 0.5)  # so that heads of a model of noise go before its channels
+    model = hf_folder(tmp_path / "model", name)
+    result = edgeq.export(model, profile=PROFILE, format="onnx", output=tmp_path / "out", quant=quant, prune=0.3)
+    assert result.gate is not None
+    assert result.gate.failures == ()
+    wo = [t.shape[1] for t in result.plan.tensors if t.role == "wo"]
+    assert min(wo) < max(wo)
+    assert any("KV heads turn pairs of their own" in note for note in result.plan.notes)
+    assert read_package(tmp_path / "out").manifest["export"]["removed_fraction"] >= 0.3
+    assert_same_greedy_tokens(tmp_path / "out", 12)
+
+
+def test_heads_that_are_normalised_stay_whole(tmp_path: Path) -> None:
+    model = hf_folder(tmp_path / "model", "qwen3")
+    result = edgeq.export(model, profile=PROFILE, format="onnx", output=tmp_path / "out", quant="fp32", prune=0.3)
+    assert {(t.shape[1] // 24) % 2 for t in result.plan.tensors if t.role == "wo"} == {0}
+    dry = edgeq.export(model, profile=PROFILE, format="onnx", quant="fp32", prune=0.3, dry_run=True)
+    assert any("cutting head, vo, qk: no; qwen3 normalises queries and keys over the whole head" in note for note in dry.plan.notes)
+
+
 def test_adapters_are_merged(llama: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "sql"
     lora_folder(adapter, llama, seed=1)

@@ -36,7 +36,7 @@ from edgeq.converters.onnx.cuttable import elastic_grids, elastic_model, find_cu
 from edgeq.converters.onnx.decoder import decoder
 from edgeq.converters.onnx.genai import GENAI_FILE, genai_config, shares_buffer, to_bytes
 from edgeq.converters.onnx.lora import places_for
-from edgeq.converters.onnx.lowering import describe, lowerings
+from edgeq.converters.onnx.lowering import HEAD_STEP, describe, lowerings
 from edgeq.converters.onnx.names import canonical_name, module_name
 from edgeq.converters.onnx.quants import OnnxQuant, auto_names, choose_grids, fallback_notes, is_quantized, onnx_quant
 from edgeq.converters.onnx.tokenizer_files import tokenizer_files
@@ -74,7 +74,7 @@ class OnnxCarrier:
             return self._fixed(model, device, quant, places, n_ctx=n_ctx)
         if not wish.prune:
             return self._elastic(model, device, quant, wish, places, n_ctx=n_ctx)
-        cuts, sort = _cuts(quant), wish.sort or "edgeq"
+        cuts, sort = _cuts(quant, model.spec), wish.sort or "edgeq"
         ladder = even_ladder(model, cuts, sort)
         spec, tensors = ports.cut(model.spec, model.tensors, ladder.kept(steps_for_rate(ladder, wish.prune)))
         plan = self.plan(replace(model, spec=spec, tensors=tensors), device, quant, n_ctx=n_ctx)
@@ -313,12 +313,26 @@ def _joined(name: str) -> str:
     return f"{prefix}.{next(whole for whole, parts in FUSED.items() if role in parts)}.{kind}"
 
 
-def _cuts(quant: str) -> Cuts:
+def _cuts(quant: str, spec: ModelSpec) -> Cuts:
     """What --prune may take: each layer has sizes of its own in a graph. Channels go in whole blocks, as kernels of GPUs want them."""
     block = 32 if quant == "auto" else onnx_quant(quant).block_size
-    whole = "a pruned ONNX package keeps every layer, and heads as long as they are."
-    no = Cuttable("no", whole)
     free = Cuttable("per layer")
-    return Cuts(
-        ports={"ffn": free, "kv_group": free, "head": no, "layer": no, "vo": no, "qk": no}, channel_step=math.lcm(LEAST_STEP, block)
-    )
+    head, sizes = _cut_heads(spec)
+    found = {"ffn": free, "kv_group": free, "head": head, "layer": Cuttable("no", "a graph keeps every layer."), "vo": head, "qk": head}
+    return Cuts(ports=found, channel_step=math.lcm(LEAST_STEP, block), head_sizes=sizes)
+
+
+def _cut_heads(spec: ModelSpec) -> tuple[Cuttable, tuple[int, ...]]:
+    """Whether heads may lose dimensions, and the sizes that they may have: those that keep GroupQueryAttention, down to a quarter."""
+    full = sorted({block.head_dim for block in spec.attention})
+    if family(spec.family).qk_norm:
+        return Cuttable(
+            "no", f"{spec.family} normalises queries and keys over the whole head: without some dimensions all others change."
+        ), ()
+    if len(full) > 1 or full[0] % 2:
+        return Cuttable("no", f"heads of {full} dimensions have no common RoPE pairs."), ()
+    top = (full[0] - 1) // HEAD_STEP * HEAD_STEP
+    sizes = tuple(range(top, max(HEAD_STEP, full[0] // 4) - 1, -HEAD_STEP))
+    if not sizes:
+        return Cuttable("no", f"heads of {full[0]} dimensions have no smaller size that GroupQueryAttention takes."), ()
+    return Cuttable("per layer"), sizes

@@ -185,8 +185,8 @@ def _remedy(block: Attention, value_dim: int) -> str:
 
 
 def _turning(spec: ModelSpec, block: Attention) -> Turning | None:
-    rope = {"main": spec.rope, "local": spec.rope_local, "none": None}[block.rope]
-    return None if rope is None else Turning(rope, (tuple(range(rope.dim // 2)),) * block.n_kv_heads)
+    rope = spec.rope_of(block)
+    return None if rope is None else Turning(rope, block.pairs or (tuple(range(rope.dim // 2)),) * block.n_kv_heads)
 
 
 def _check(block: Attention, turning: Turning) -> None:

@@ -190,8 +190,7 @@ def _spec(
         rotates = rules.no_rope_period is None or (i + 1) % rules.no_rope_period
         use: RopeUse = "none" if not rotates else "local" if windows[i] else "main"
         if n_heads[i]:
-            sizes = {"n_heads": n_heads[i], "n_kv_heads": n_kv_heads[i], "head_dim": head_dim}
-            blocks.append(Attention(layer=i, **sizes, rope=use, window=windows[i]))
+            blocks.append(Attention(layer=i, n_heads=n_heads[i], n_kv_heads=n_kv_heads[i], head_dim=head_dim, rope=use, window=windows[i]))
         if n_ff[i]:
             blocks.append(Mlp(layer=i, n_ff=n_ff[i]))
     return ModelSpec(

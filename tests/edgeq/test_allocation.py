@@ -25,10 +25,10 @@ PER_LAYER: Mapping[str, Freedom] = {"ffn": "per layer", "kv_group": "per layer",
 ALIKE: Mapping[str, Freedom] = {"ffn": "all layers alike", "kv_group": "all layers alike", "layer": "no", "head": "no"}
 
 
-def shapes(n_ff: Sequence[int], n_kv: Sequence[int], head_dim: int) -> dict[str, tuple[int, ...]]:
+def shapes(n_ff: Sequence[int], n_kv: Sequence[int], head_dims: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Tensors of layers of these sizes, with the biases that Qwen2 has and two that it has not."""
     found: dict[str, tuple[int, ...]] = {"embed.weight": (100, N_EMBD)}
-    for i, (ff, kv) in enumerate(zip(n_ff, n_kv, strict=True)):
+    for i, (ff, kv, head_dim) in enumerate(zip(n_ff, n_kv, head_dims, strict=True)):
         kv_rows, q_rows = kv * head_dim, kv * head_dim * GQA
         parts: dict[str, tuple[int, ...]] = {}
         if kv:
@@ -58,7 +58,7 @@ def model(n_ff: Sequence[int], n_kv: Sequence[int], head_dim: int = HEAD_DIM) ->
         tied=True,
         attn_scale=head_dim**-0.5,
     )
-    tensors = {n: LazyTensor(shape=s, grid=F32, read=_never, origin=n) for n, s in shapes(n_ff, n_kv, head_dim).items()}
+    tensors = {n: LazyTensor(shape=s, grid=F32, read=_never, origin=n) for n, s in shapes(n_ff, n_kv, (head_dim,) * len(n_ff)).items()}
     return spec, tensors
 
 
@@ -87,7 +87,7 @@ def sensitivities(spec: ModelSpec, seed: int, *, layer: float | None = None, hea
 
 def block_params(kept: Kept, head_dim: int = HEAD_DIM) -> int:
     """Parameters of a model of these sizes, from its shapes."""
-    left = shapes(kept.n_ff, kept.n_kv, kept.head_dim or head_dim)
+    left = shapes(kept.n_ff, kept.n_kv, kept.head_dims or (kept.head_dim or head_dim,) * len(kept.n_ff))
     return sum(int(np.prod(shape)) for name, shape in left.items() if name.startswith("layers."))
 
 
@@ -120,18 +120,26 @@ def model_sizes(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(model_sizes(), st.integers(0, 2**32), st.none() | st.floats(0, 1), st.booleans(), st.sampled_from(["per layer", "no"]))
+@given(
+    model_sizes(),
+    st.integers(0, 2**32),
+    st.none() | st.floats(0, 1),
+    st.sampled_from(["no", "per layer", "all layers alike"]),
+    st.sampled_from(["per layer", "no"]),
+)
 def test_removed_parameters_are_counted_as_they_are(
-    sizes: tuple[list[int], list[int]], seed: int, layer: float | None, head: bool, groups: Freedom
+    sizes: tuple[list[int], list[int]], seed: int, layer: float | None, head: Freedom, groups: Freedom
 ) -> None:
     """Steps of all ports take parameters from one another; what every prefix leaves is as large as a model of its sizes."""
     spec, tensors = model(*sizes)
-    values = sensitivities(spec, seed, layer=layer, head=head)
-    ladder = build_ladder(spec, tensors, values, freedom={**PER_LAYER, "kv_group": groups}, channel_step=8, head_sizes=(16, 24, 40))
+    values = sensitivities(spec, seed, layer=layer, head=head != "no")
+    freedom = {**PER_LAYER, "kv_group": groups, "head": head}
+    ladder = build_ladder(spec, tensors, values, freedom=freedom, channel_step=8, head_sizes=(16, 24, 40))
+    assert all((step.layer is None) == (head == "all layers alike") for step in ladder.steps if step.port == "head")
     check_counts(ladder)
     assert all(step.damage >= 0 for step in ladder.steps)
     taken = {step.port for step in ladder.steps}
-    assert taken <= {"ffn"} | ({"kv_group"} if groups != "no" else set()) | ({"head"} if head else set()) | (
+    assert taken <= {"ffn"} | ({"kv_group"} if groups != "no" else set()) | ({"head"} if head != "no" else set()) | (
         {"layer"} if layer is not None else set()
     )
 
@@ -191,6 +199,19 @@ def test_heads_lose_less_where_groups_went_before() -> None:
     [step] = [step for step in ladder.steps if step.port == "head"]
     assert order.index(("kv_group", 0)) < order.index(("head", None))
     assert step.damage == pytest.approx(1.5 * values["head", 0][12:].sum(), rel=1e-6)
+
+
+def test_heads_of_a_layer_go_where_they_matter_less() -> None:
+    spec, tensors = model((160, 160), (2, 2))
+    values = sensitivities(spec, 3)
+    for layer, share in ((0, 1.0), (1, 1e-4)):
+        values["head", layer] = np.linspace(2, 1, 16).astype(np.float32) * share
+    freedom: dict[str, Freedom] = {"ffn": "per layer", "head": "per layer"}
+    ladder = build_ladder(spec, tensors, values, freedom=freedom, channel_step=16, head_sizes=(24, 16))
+    steps = [step for step in ladder.steps if step.port == "head"]
+    assert [(step.layer, step.start, step.stop) for step in steps[:2]] == [(1, 32, 24), (1, 24, 16)]
+    assert steps[0].damage == pytest.approx(values["head", 1][12:].sum(), rel=1e-6)
+    assert ladder.head_dim == 32
 
 
 def test_a_layer_that_matters_more_is_cut_less() -> None:

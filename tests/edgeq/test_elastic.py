@@ -244,7 +244,7 @@ def test_steps_must_follow_from_one_another(bad: Step) -> None:
         ((step(None, "ffn", 96, 64, 10),), r"step 0: ffn of all layers goes from 96 to 64, .*, but 64, 96 are left"),
         ((step(None, "kv_group", 2, 1, 10),), r"step 0: kv_group of all layers .* but 2, 3 are left"),
         ((step(None, "head", 128, 64, 10),), r"step 0: head of all layers .* but no dimensions are left"),
-        ((step(0, "head", 128, 64, 10),), r"step 0: port 'head' cannot be cut in layer 0"),
+        ((step(0, "head", 128, 64, 10),), r"step 0: head of layer 0 .* but no dimensions are left"),
         ((step(None, "layer", 1, 0, 10),), r"step 0: port 'layer' cannot be cut in all layers"),
         ((step(0, "layer", 1, 0, 10),), r"step 0: layer 0 would lose the attention, but llama.cpp reads the head size in layer 0"),
         ((step(0, "kv_group", 2, 0, 10),), r"step 0: layer 0 would lose the attention"),
@@ -267,11 +267,27 @@ def test_steps_that_lead_nowhere(bad: tuple[Step, ...], message: str) -> None:
         (step(None, "head", 64, 0, 10), r"step 7: heads of 0 dimensions do not consist of rotated pairs"),
         (step(None, "head", 64, 33, 10), r"step 7: heads of 33 dimensions do not"),
         (step(None, "head", 128, 64, 10), r"step 7: head of all layers goes from 128 .* but 64 are left"),
+        (step(1, "head", 128, 64, 10), r"step 7: head of layer 1 goes from 128 .* but 64 are left"),
     ],
 )
 def test_steps_after_others(bad: Step, message: str) -> None:
     with pytest.raises(PackageError, match=message):
         replace(MIXED, steps=(*MIXED.steps, bad))
+
+
+def test_heads_of_one_layer() -> None:
+    own = Ladder(
+        n_ff=(8, 8, 8),
+        n_kv=(1, 1, 1),
+        head_dim=64,
+        block_params=9,
+        steps=(step(1, "head", 64, 56, 1), step(2, "head", 64, 48, 1), step(1, "head", 56, 32, 1)),
+    )
+    assert [own.kept(n).head_dims for n in range(4)] == [None, (64, 56, 64), (64, 56, 48), (64, 32, 48)]
+    assert all(own.kept(n).head_dim is None for n in range(4))
+    assert Ladder.from_json(own.to_json()) == own
+    with pytest.raises(PackageError, match=r"step 1: head of all layers goes from 64 to 32, .* but 56, 64 are left"):
+        replace(own, steps=(own.steps[0], step(None, "head", 64, 32, 1)))
 
 
 def test_a_layer_without_attention_may_lose_its_mlp() -> None:

@@ -124,6 +124,57 @@ def test_a_cut_of_heads_equals_masking(folders: Path, name: str) -> None:
     assert (wanted - logits(model.spec, model.tensors)).abs().max() > 0.01
 
 
+BY_HEAD = [name for name in VARIANTS if not name.startswith(("qwen3", "gemma3"))]
+
+
+@pytest.mark.parametrize("name", BY_HEAD)
+def test_pairs_of_each_head_leave_the_logits(folders: Path, name: str) -> None:
+    """Each layer but the first turns pairs of each KV head's own, and heads move with theirs."""
+    model, rng = opened(folders, name), np.random.default_rng(11)
+    orders = [rng.permutation(ports.size(block)) for block in model.spec.blocks]
+    pair_orders = {b.layer: np.stack([rng.permutation(12) for _ in range(b.n_kv_heads)]) for b in model.spec.attention[1:]}
+    spec, tensors = ports.apply(model.spec, model.tensors, orders, pair_orders=pair_orders)
+    assert spec.attention[0].pairs is None
+    for block in spec.attention[1:]:
+        if block.rope != "none":
+            groups = orders[next(i for i, b in enumerate(model.spec.blocks) if isinstance(b, Attention) and b.layer == block.layer)]
+            assert block.pairs == tuple(tuple(pair_orders[block.layer][group].tolist()) for group in groups)
+    assert (tensors["layers.1.wk.weight"].decode() != model.tensors["layers.1.wk.weight"].decode()).any()
+    atol = 1e-6 if name == "phi3-longrope" else 1e-10  # its magnitude is divided out of queries, in float32
+    torch.testing.assert_close(logits(spec, tensors), logits(model.spec, model.tensors), atol=atol, rtol=0)
+    twice, tensors = ports.order_pairs_by_head(spec, tensors, {1: np.tile(np.arange(12)[::-1], (model.spec.attention[1].n_kv_heads, 1))})
+    torch.testing.assert_close(logits(twice, tensors), logits(model.spec, model.tensors), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", BY_HEAD)
+def test_a_cut_of_heads_in_one_layer_equals_masking(folders: Path, name: str) -> None:
+    """Layer 1 keeps 16 of 24 dimensions, each KV head pairs of its own; layer 0 stays whole."""
+    model, d, rng = opened(folders, name), 16, np.random.default_rng(13)
+    attention = model.spec.attention[1]
+    order = np.stack([rng.permutation(12) for _ in range(attention.n_kv_heads)])
+    whole, sorted_tensors = ports.order_pairs_by_head(model.spec, model.tensors, {1: order})
+    masked = dict(sorted_tensors)
+    pairs = np.arange(attention.n_heads * 24) % 12 < d // 2
+    for kind in ("weight", "bias"):
+        if (key := f"layers.1.wq.{kind}") in masked:
+            values = masked[key].decode()
+            masked[key] = from_values(np.where(pairs if kind == "bias" else pairs[:, None], values, 0), origin=key)
+    key = "layers.1.wo.weight"
+    masked[key] = from_values(np.where(np.arange(attention.n_heads * 24) % 24 < d, masked[key].decode(), 0), origin=key)
+    n = model.spec.n_layers
+    kept = Kept(n_ff=(160,) * n, n_kv=tuple(b.n_kv_heads for b in whole.attention), head_dims=tuple(d if i == 1 else 24 for i in range(n)))
+    spec, tensors = ports.cut(whole, sorted_tensors, kept)
+    assert [block.head_dim for block in spec.attention] == list(kept.head_dims or ())
+    assert spec.attention[1].pairs is None or spec.rope_dim(spec.attention[1]) == d
+    assert tensors["layers.0.wk.weight"].shape[0] == spec.attention[0].n_kv_heads * 24
+    assert tensors["layers.1.wk.weight"].shape[0] == attention.n_kv_heads * d
+    wanted = logits(whole, masked)
+    torch.testing.assert_close(logits(spec, tensors), wanted, atol=1e-10, rtol=0)
+    assert (wanted - logits(model.spec, model.tensors)).abs().max() > 0.01
+    one = ports.with_sizes(whole, dataclasses.replace(kept, n_kv=(1,) * n)).attention[1]
+    assert one.pairs == (None if one.rope == "none" else (tuple(order[0, : d // 2].tolist()),))
+
+
 @pytest.mark.parametrize("name", ["llama-biases", "phi3"])
 def test_cuts_nest_whatever_the_order(folders: Path, name: str) -> None:
     model = opened(folders, name)
@@ -152,6 +203,10 @@ def test_a_head_size_that_cannot_be(folders: Path) -> None:
             UnsupportedError, match=rf"{name} normalises queries and keys over the whole head.*: without some dimensions all"
         ):
             ports.cut(normed.spec, normed.tensors, Kept(n_ff=(160,) * n, n_kv=(2,) * n, head_dim=16))
+        with pytest.raises(UnsupportedError, match=f"{name} normalises queries and keys over the whole head.*: all heads share them"):
+            ports.order_pairs_by_head(normed.spec, normed.tensors, {0: np.tile(np.arange(12), (2, 1))})
+    with pytest.raises(UnsupportedError, match=r"heads of 24 dimensions cannot be cut to 15\. Keep an even number"):
+        ports.with_sizes(spec, Kept(n_ff=(160,) * 2, n_kv=(2, 2), head_dims=(24, 15)))
 
 
 def test_pairs_are_ordered_once_and_alike(folders: Path) -> None:

@@ -98,6 +98,8 @@ def test_heads_equal_autograd_through_transformers(tmp_path: Path, name: str) ->
         q, slope = (t.flatten(0, 1) for t in with_gradient(oracle.outputs[f"model.layers.{statistics.layer}.self_attn.q_proj"]))
         by_pair = (q * slope).unflatten(-1, (block.n_heads, 2, block.head_dim // 2)).sum((1, 2))  # pair j: dimensions j and j + half
         torch.testing.assert_close(heads.pairs.double(), by_pair.square().mean(0) / 2, atol=1e-9, rtol=1e-3)
+        by_group = (q * slope).unflatten(-1, (block.n_kv_heads, -1, 2, block.head_dim // 2)).sum((2, 3))
+        torch.testing.assert_close(heads.group_pairs.double(), by_group.square().mean(0) / 2, atol=1e-9, rtol=1e-3)
         mixed, slope = (t.flatten(0, 1).unflatten(-1, (2, -1, 24)) for t in oracle.read(statistics.layer, "self_attn.o_proj"))
         for group, rotation in enumerate(heads.rotations):
             torch.testing.assert_close(rotation @ rotation.T, torch.eye(24, dtype=torch.float64))
@@ -108,6 +110,8 @@ def test_heads_equal_autograd_through_transformers(tmp_path: Path, name: str) ->
         lost = sum((mixed[:, g] @ r.T) * (slope[:, g] @ r.T) for g, r in enumerate(heads.rotations))
         assert isinstance(lost, torch.Tensor)
         torch.testing.assert_close(heads.values.double(), lost.sum(1).square().mean(0) / 2, atol=1e-9, rtol=1e-3)
+        by_group = torch.stack([((mixed[:, g] @ r.T) * (slope[:, g] @ r.T)).sum(1) for g, r in enumerate(heads.rotations)], dim=1)
+        torch.testing.assert_close(heads.group_values.double(), by_group.square().mean(0) / 2, atol=1e-9, rtol=1e-3)
 
 
 def test_windows_held_back_have_moments_of_their_own(tmp_path: Path) -> None:

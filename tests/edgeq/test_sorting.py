@@ -102,6 +102,32 @@ def test_heads_are_sorted_when_they_may_be_cut(model: Model) -> None:
     assert change(keep_last=False) < 0.7 * change(keep_last=True)
 
 
+def test_heads_of_each_layer_are_sorted_for_themselves(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each KV head has pairs of its own, and what is cut first matters less than what stays."""
+    monkeypatch.setattr(sorting, "_HEAD_COST", 0.5)  # so that heads of a model of noise go before its channels
+    freedom: dict[str, Freedom] = {**FREEDOM, "head": "per layer"}
+    found = sorting.sort(
+        Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=0, freedom=freedom, head_sizes=(16, 8), held_back=[]
+    )
+    pair_orders, turns = found.pair_orders, found.rotations
+    assert found.pair_order is None and pair_orders is not None and turns is not None
+    assert {layer: np.sort(order).tolist() for layer, order in pair_orders.items()} == dict.fromkeys(range(2), [list(range(12))] * 2)
+    assert (pair_orders[0][0] != pair_orders[0][1]).any()
+    assert any(step.port == "head" and step.layer is not None for step in found.ladder.steps)
+
+    def change(keep_last: bool) -> float:
+        """Of the logits of all windows, by heads of 16 dimensions out of 24 in layer 1."""
+        orders = {layer: order[:, ::-1] if keep_last else order for layer, order in pair_orders.items()}
+        rotations = {layer: matrix[:, ::-1] if keep_last else matrix for layer, matrix in turns.items()}
+        ordered = ports.apply(model.spec, model.tensors, found.orders, pair_orders=orders, rotations=rotations)
+        cut = Reference(*ports.cut(*ordered, Kept(n_ff=(160, 160), n_kv=(2, 2), head_dims=(24, 16))), dtype=torch.float64)
+        whole = Reference(model.spec, model.tensors, dtype=torch.float64)
+        both = zip(cut.hidden(WINDOWS), whole.hidden(WINDOWS), strict=True)
+        return sum(float((cut.logits(a) - whole.logits(b)).square().mean()) for a, b in both)
+
+    assert change(keep_last=False) < 0.7 * change(keep_last=True)
+
+
 def test_heads_stay_when_nobody_asks(model: Model) -> None:
     found = sorting.sort(Reference(model.spec, model.tensors), WINDOWS, channel_step=32, rank=0, freedom=FREEDOM, head_sizes=(16,))
     assert found.pair_order is None and found.rotations is None

@@ -36,9 +36,18 @@ def test_blocks_by_kind_and_layer() -> None:
     [
         ({"n_heads": 0}, "layer 5: heads 0, kv heads 2, head_dim 24 must all be positive"),
         ({"n_heads": 5}, "layer 5: 5 heads do not divide into 2 kv heads"),
+        (
+            {"pairs": ((0, 1), (2,))},
+            "layer 5: RoPE pairs [2, 1] of its KV heads; expected one number of them, from 1 to 12, for each of 2",
+        ),
+        ({"pairs": ((0, 1),)}, "layer 5: RoPE pairs [2] of its KV heads; expected one number of them, from 1 to 12, for each of 2"),
+        (
+            {"pairs": (tuple(range(13)),) * 2},
+            "layer 5: RoPE pairs [13, 13] of its KV heads; expected one number of them, from 1 to 12, for each of 2",
+        ),
     ],
 )
-def test_attention_that_cannot_be(values: dict[str, int], message: str) -> None:
+def test_attention_that_cannot_be(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ShapeError) as caught:
         Attention(**{"layer": 5, "n_heads": 4, "n_kv_heads": 2, "head_dim": 24, **values})
     assert str(caught.value) == message
@@ -59,6 +68,10 @@ def test_mlp_that_cannot_be() -> None:
             "layer 2 uses local rope, but the spec has none",
         ),
         ({"rope": RopeSpec(dim=26, base=10000.0)}, "layer 0: rope dimension 26 exceeds head_dim 24"),
+        (
+            {"blocks": (Attention(layer=3, n_heads=1, n_kv_heads=1, head_dim=8, pairs=((0, 12),)),)},
+            "layer 3: a RoPE pair is not one of 0 to 11",
+        ),
     ],
 )
 def test_spec_that_contradicts_itself(values: dict[str, Any], message: str) -> None:

@@ -126,6 +126,8 @@ def test_head_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
         message = rf"heads of 16 dimensions cannot be cut to {head_dim}\. Keep an even number from 2 to 16\."
         with pytest.raises(PlanError, match=message):
             plan_cut(header, dataclasses.replace(SMALLER, head_dim=head_dim))
+    with pytest.raises(PlanError, match=r"head sizes \[8, 16\] by layer: llama\.cpp has one for all layers\. Keep the same in every layer"):
+        plan_cut(header, dataclasses.replace(SMALLER, head_dim=None, head_dims=(16, 8, 16, 16)))
     coarse = read_header(elastic(tmp_path / "coarse.gguf", grid=GRIDS["Q8_0"], wide=4))
     message = r"blk\.0\.attn_output\.weight: heads cut from 64 to 48 columns do not divide into Q8_0 blocks of 32\. Keep another head size"
     with pytest.raises(PlanError, match=message):

@@ -170,6 +170,7 @@ def test_a_cut_in_memory_is_gone_when_it_is_closed(llama: Path, tmp_path: Path) 
         (Kept(n_ff=(160, 192), n_kv=(2, 2)), "layer 1: 192 neurons cannot be kept of 160. Keep 1 to 160"),
         (Kept(n_ff=(160, 160), n_kv=(0, 2)), "layer 0: 0 kv heads cannot be kept of 2. Keep 1 to 2: a graph keeps every layer"),
         (Kept(n_ff=(160, 160), n_kv=(2, 2), head_dim=16), "heads cannot be cut to 16 dimensions in model.onnx. Keep all 24"),
+        (Kept(n_ff=(160, 160), n_kv=(2, 2), head_dims=(24, 8)), "heads cannot be cut to 8 dimensions in model.onnx. Keep all 24"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(llama: Path, tmp_path: Path, kept: Kept, message: str) -> None:
