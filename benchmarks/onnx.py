@@ -36,6 +36,7 @@ from edgeq.errors import EdgeqError
 from edgeq.gate_prompts import gate_prompts
 from edgeq.package import read_package
 
+HERE = Path(__file__).resolve().parent
 PROFILE = "laptop-cpu"
 TABLES = ("builder", "speed", "greedy", "cuts", "adapters", "memory")
 PROMPT_TOKENS, GEN_TOKENS, GREEDY_TOKENS, PROMPTS = 512, 128, 64, 10
@@ -115,7 +116,7 @@ def hugging_face(work: Path, model: str, package: Path) -> Path:
     """The model as a Hugging Face folder in float32, with the tokenizer files of a package."""
     folder = work / "hf"
     if not folder.is_dir():
-        sys.path.insert(0, str(Path(__file__).parent))
+        sys.path.append(str(HERE))
         from train_adapters import transformers_model
 
         transformers_model(open_model(model)).save_pretrained(folder)
@@ -312,6 +313,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != HERE]  # else `import onnx` would find this file
     arguments.work.mkdir(parents=True, exist_ok=True)
     whole = arguments.text.read_text(encoding="utf-8")
     evaluation = arguments.work / "evaluation.txt"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from onnx_folders import write_tiny_onnx
+from tiny import hf_folder
 from tiny_gguf import write_tiny_gguf
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -35,6 +36,33 @@ def test_overhead_of_onnx_runtime(tmp_path: Path) -> None:
     write_tiny_onnx(tmp_path / "onnx")
     out = script("overhead.py", tmp_path / "onnx", "--pairs", 2, "--tokens", 2, "--prompt-tokens", 8, "--threads", 1)
     assert re.search(r"edgeq / genai( +[\d.]+){4}\nmedian of 2 paired ratios: [\d.]+, limit 1\.02", out)
+
+
+@pytest.mark.slow
+def test_cuts_of_onnx_packages(tmp_path: Path) -> None:
+    """A script by the name of a library that it imports."""
+    model = hf_folder(tmp_path / "m", "llama", head_dim=32)
+    (tmp_path / "text.txt").write_text("The harbour lights went out one by one, and nobody came to light them again. " * 60)
+    out = script(
+        "onnx.py",
+        "--work",
+        tmp_path / "work",
+        "--text",
+        tmp_path / "text.txt",
+        "--model",
+        model,
+        "--tables",
+        "cuts",
+        "--ctx",
+        64,
+        "--chunks",
+        2,
+    )
+    rates = r"( +0\.\d+: \d+\.\d+){3}\n"
+    assert re.search(
+        rf"onnx int8   perplexity at 0\.0: [\d.]+{rates}.*gguf Q8_0   perplexity at 0\.0: [\d.]+{rates}.*--prune   perplexity at{rates}",
+        out,
+    )
 
 
 def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
