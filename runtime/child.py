@@ -23,11 +23,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 from edgeq import errors
 from edgeq.errors import EdgeqError, MissingDependency, RuntimeFailure
+from edgeq.runtime.closing import Closing
 
 _LOG_LINES = 5
 _LOG_LINE_CHARS = 300
@@ -38,7 +38,7 @@ def ignore(done: int) -> None:
     """The listener that does not listen."""
 
 
-class Child:
+class Child(Closing):
     """A running child. `subject` is what its messages are about (an artifact's path), runtime what they say that it ran.
 
     arguments: its command line. inherit: file descriptors that it shares under the same numbers. patience_s: how long it may say
@@ -110,12 +110,6 @@ class Child:
             self._requests.close()
         self._answers.close()
         self._log.close()
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _exchange(self, request: Mapping[str, Any], doing: str, on_progress: Callable[[int], None]) -> Mapping[str, Any]:
         try:

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -32,6 +30,7 @@ from edgeq.gguf_write import TensorData, write_gguf
 from edgeq.output import check_disk, staged_file
 from edgeq.package import sha256 as file_sha256
 from edgeq.progress import Progress, silent
+from edgeq.runtime.closing import Closing
 from edgeq.runtime.cut_plan import NO_EXTRAS, CutPlan, CutTensor, Extras, plan_cut
 from edgeq.tensors import Bytes
 
@@ -71,7 +70,7 @@ def cut_gguf(
     return CutResult(bytes=written, removed_fraction=plan.removed_fraction)
 
 
-class MemoryCut:
+class MemoryCut(Closing):
     """A cut that is a file by name and takes memory (or, where the system has no such files, a temporary file) until it is closed.
 
     path: what to load; it stands for this process and its children. A model that was loaded from it stays whole after `close`.
@@ -83,12 +82,6 @@ class MemoryCut:
 
     def close(self) -> None:
         self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def cut_to_memory(
@@ -198,7 +191,7 @@ class _Stopped(Exception):
     """The hashing thread's answer to being told to stop."""
 
 
-class SourceCheck:
+class SourceCheck(Closing):
     """The hash of a file, computed by a thread from now on, and compared with what it should be when someone waits for it.
 
     with SourceCheck(path, expected) as check:
@@ -232,12 +225,6 @@ class SourceCheck:
         """Stop the thread, if it is still at work."""
         self._stopped = True
         self._pool.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from edgeq.encoder_spec import SentenceSpec
 from edgeq.errors import MissingDependency, PackageError, RuntimeFailure, TokenizerError, UsageError
 from edgeq.package import Package, check_files, read_package
 from edgeq.progress import Progress, silent
+from edgeq.runtime.closing import Closing
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.device import parse_device
 
@@ -35,7 +35,7 @@ OUTPUT = "sentence_embedding"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-class Embedder:
+class Embedder(Closing):
     """An encoder in memory. Calls from several threads wait for each other."""
 
     def __init__(self, package: Package, sentence: SentenceSpec, session: Any, tokenizer: Any, *, padding_id: int) -> None:
@@ -141,12 +141,6 @@ class Embedder:
     def close(self) -> None:
         """Free the model. Closing twice is fine."""
         self._session = None
-
-    def __enter__(self) -> Embedder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _opened(self) -> Any:
         if self._session is None:

@@ -33,6 +33,7 @@ import psutil
 
 from edgeq.errors import MissingDependency, PlanError, RuntimeFailure, UsageError
 from edgeq.grids import grid
+from edgeq.runtime.closing import Closing, Shared
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.gguf_facts import GgufFacts, read_facts
 from edgeq.runtime.memory import kv_bytes
@@ -105,18 +106,17 @@ def _errors(lines: deque[tuple[int, str]], count: int = 3) -> str:
     return " | ".join(said[-count:]) or "nothing"
 
 
-class LlamaModel:
+class LlamaModel(Shared):
     """A model in memory (its pages mapped from the file unless `use_mmap` is off) and its vocabulary."""
 
     def __init__(self, pointer: int, facts: GgufFacts, module: ModuleType, *, gpu_layers: int, vocab_only: bool, mapped: bool) -> None:
+        super().__init__()  # its lock guards llama.cpp's list of a model's adapters
         self.path, self.facts, self.gpu_layers, self.vocab_only, self.mapped = facts.path, facts, gpu_layers, vocab_only, mapped
         self._c = module
         self._open: int | None = pointer
         self._vocab = module.llama_model_get_vocab(pointer)
         self._contexts: weakref.WeakSet[LlamaContext] = weakref.WeakSet()
         self._adapters: weakref.WeakSet[LlamaAdapter] = weakref.WeakSet()
-        self._users = 1
-        self.lock = threading.RLock()  # llama.cpp keeps a list of a model's adapters, unguarded
         self._free = weakref.finalize(self, module.llama_model_free, pointer)
 
     @classmethod
@@ -157,30 +157,13 @@ class LlamaModel:
             raise UsageError(f"llama.cpp does not take the grammar. It said: {_errors(lines)}")
         return sampler
 
-    def share(self) -> LlamaModel:
-        """This model, for one more user: `close` then only counts, until the last one calls it."""
-        with self.lock:
-            self._users += 1
-        return self
-
-    def close(self) -> None:
-        """Free the model and every context and adapter on it, unless others use it too: then those are for their owners to close."""
-        with self.lock:
-            self._users = max(0, self._users - 1)
-            if self._users:
-                return
+    def _release(self) -> None:
         for context in list(self._contexts):
             context.close()
         for adapter in list(self._adapters):
             adapter.close()
         self._open = None
         self._free()
-
-    def __enter__(self) -> LlamaModel:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
     @property
     def pointer(self) -> int:
@@ -357,7 +340,7 @@ class State:
     data: bytes
 
 
-class LlamaContext:
+class LlamaContext(Closing):
     """A KV cache for one sequence, and the means to fill it; or room for several (`edgeq.runtime.lanes`).
 
     n_ctx: tokens that fit, of each of n_seq sequences (llama.cpp rounds its cells up to a multiple of 256). n_batch: most tokens per
@@ -436,12 +419,6 @@ class LlamaContext:
     def close(self) -> None:
         self._open, self.adapters = None, {}
         self._free()
-
-    def __enter__(self) -> LlamaContext:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
     @property
     def pointer(self) -> int:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import psutil
 
 from edgeq.errors import PlanError, RuntimeFailure, UsageError
+from edgeq.runtime.closing import Closing
 from edgeq.runtime.likelihood import Floats
 from edgeq.runtime.onnx_adapters import OnnxAdapter, combined, nothing
 from edgeq.runtime.onnx_facts import Cache
@@ -26,7 +27,7 @@ _LOGITS_CHUNK = 1 << 25  # values of logits that may exist at once: 128 MiB
 _DTYPES: Mapping[str, type[np.floating[Any]]] = {"f32": np.float32, "f16": np.float16}
 
 
-class OnnxContext:
+class OnnxContext(Closing):
     """A KV cache for one sequence. n_ctx: tokens that fit. n_batch: most tokens computed together; longer input is split.
 
     kv_type: what the graph keeps keys and values in; there is no choice. max_outputs: most logits rows that one decode may return (default
@@ -65,12 +66,6 @@ class OnnxContext:
 
     def close(self) -> None:
         self._graph, self.adapters = None, {}
-
-    def __enter__(self) -> OnnxContext:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
     @property
     def n_past(self) -> int:

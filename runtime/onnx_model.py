@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import MissingDependency, RuntimeFailure, TokenizerError, UsageError
+from edgeq.runtime.closing import Shared
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.onnx_facts import OnnxFacts, facts_of
 from edgeq.runtime.onnx_file import OnnxFile, read_onnx
@@ -65,17 +66,17 @@ def check_cuda() -> None:
         raise RuntimeFailure(NO_CUDA)
 
 
-class OnnxModel:
+class OnnxModel(Shared):
     """A model in memory and its tokenizer. gpu: index of the GPU it runs on, None for the CPU. chooses_rows: see `onnx_rows`."""
 
     def __init__(
         self, facts: OnnxFacts, session: Any, tokenizer: OnnxTokenizer, *, gpu: int | None, threads: int, chooses_rows: bool
     ) -> None:
+        super().__init__()
         self.path, self.facts, self.gpu, self.threads, self.chooses_rows = facts.path, facts, gpu, threads, chooses_rows
         self._session: Any | None = session
         self._tokenizer = tokenizer
         self._contexts: weakref.WeakSet[OnnxContext] = weakref.WeakSet()
-        self._users, self._lock = 1, threading.Lock()
 
     @classmethod
     def load(cls, path: Path | str, *, gpu: int | None = None, threads: int | None = None) -> OnnxModel:
@@ -108,27 +109,10 @@ class OnnxModel:
         """Those on this model that are still there."""
         return list(self._contexts)
 
-    def share(self) -> OnnxModel:
-        """This model, for one more user: `close` then only counts, until the last one calls it."""
-        with self._lock:
-            self._users += 1
-        return self
-
-    def close(self) -> None:
-        """Free the model and every context on it, unless others use it too. Closing twice is fine."""
-        with self._lock:
-            self._users = max(0, self._users - 1)
-            if self._users:
-                return
+    def _release(self) -> None:
         for context in list(self._contexts):
             context.close()
         self._session = None
-
-    def __enter__(self) -> OnnxModel:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
     @property
     def session(self) -> Any:

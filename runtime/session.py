@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +29,7 @@ from edgeq.patch_file import read_patch
 from edgeq.runtime.adapter_pool import DEFAULT_BUDGET, AdapterCut, AdapterPool
 from edgeq.runtime.adapters import ActiveAdapters, AdapterChoice, AdapterInfo, Cell, Request, Segment, grouped, scales_of
 from edgeq.runtime.answer import Answer, Completion, Timings
+from edgeq.runtime.closing import Closing
 from edgeq.runtime.cut_cache import cached_cut, cached_model, process_cuts
 from edgeq.runtime.device import parse_device
 from edgeq.runtime.elastic_package import ElasticPackage, Size, open_elastic
@@ -175,7 +175,7 @@ def default_n_ctx(facts: Facts, package: Package | None) -> int:
     return planned or min(facts.n_ctx_train, MAX_DEFAULT_N_CTX)
 
 
-class Session:
+class Session(Closing):
     """A model with a context. Made by `load`; owns the model and closes it. source, size: for models that can be cut.
 
     exact: compute a prompt's tokens in the same batches whatever is cached, so that an answer does not depend on what came before: kernels
@@ -376,12 +376,6 @@ class Session:
         self.context.close()
         self._active.pool.close()
         self.model.close()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Continue a prompt, piece by piece. Pieces are whole characters; joined they are `completion.text`.

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from edgeq.errors import UsageError
 from edgeq.runtime.adapter_formats import check_base, read_adapter
 from edgeq.runtime.child import Child, ignore
+from edgeq.runtime.closing import Closing
 from edgeq.runtime.engine import read_facts, runtime_of
 
 CHILD = "edgeq.runtime._scoring_child"
@@ -52,7 +53,7 @@ class ArtifactFacts:
     library: str
 
 
-class ScoringWorker:
+class ScoringWorker(Closing):
     """One artifact in its runtime, in a process of its own, on the CPU.
 
     adapter: file of one to have beside it. n_ctx: tokens of the longest window. n_ubatch: tokens computed together. threads: default is
@@ -96,12 +97,6 @@ class ScoringWorker:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> ScoringWorker:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the child and free what it shared; closing twice is fine."""
