@@ -9,12 +9,12 @@ express it, with equal rates in all layers and with the published layer rates; a
 is exported elastic, calibrated on the text or on the text that comes with edgeq, cut to a stock GGUF file and scored in llama.cpp.
 What counts is the increase of perplexity over rate 0 of the same kind, and its ratio to uniql's.
 
-Sizes: the elastic artifact with its side files beside a plain export in the same type. Speed: `edgeq bench --rates`, in turns in one run.
+Sizes: the elastic artifact with its side files beside a plain export in the same type. Speed: `speed.py`.
 Sorting: a process of its own, from opening the model to the ladder; its peak is that process's VmHWM.
 
 Packages and scores in DIR are used again by a later run with the same settings. Exit status 1 when a limit is missed:
-increase at 0.15 and 0.25 at most 0.45 of uniql's (0.65 with edgeq's own text), below it at every rate, never falling with the rate;
-files at most 8 % larger; sorting in at most 90 s.
+increase at 0.15 and 0.25 at most 0.45 of uniql's (0.65 with edgeq's own text), below it at every rate, never falling with the rate; no
+cut slower than one at a lower rate; files at most 8 % larger; sorting in at most 90 s.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speed import slower, speeds
 
 import edgeq
 from edgeq.calibration import SORTING_TOKENS
@@ -44,7 +45,6 @@ from edgeq.tensors import LazyTensor
 PROFILE = "laptop-cpu"
 TEXT_LIMIT, DEFAULT_LIMIT, JUDGED = 0.45, 0.65, (0.15, 0.25)
 SIZE_LIMIT, SORT_SECONDS = 1.08, 90
-SPEED_NOISE = 0.97  # speeds within 3 % count as equal
 # n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_layers, n_vocab
 SHAPES = {"135M": (576, 1536, 9, 3, 64, 30, 49152), "1B": (2048, 8192, 32, 8, 64, 16, 128256), "7B": (4096, 11008, 32, 32, 128, 32, 32000)}
 
@@ -215,22 +215,6 @@ def export(model: str, folder: Path, quant: str, calibration: Path | None, *, el
     return {"artifact": package.artifacts[0].bytes, "side_files": sum(file.bytes for file in package.side_files)}
 
 
-def speeds(folder: Path, rates: Sequence[float]) -> dict[float, dict[str, float]]:
-    """Medians by rate, and their ratio to rate 0."""
-    rows = edgeq.bench([folder], rates=list(rates))
-    first = rows[0]
-    return {
-        row.rate or 0.0: {
-            "prefill_tok_s": row.prefill_tok_s,
-            "decode_tok_s": row.decode_tok_s,
-            "prefill_ratio": row.prefill_tok_s / first.prefill_tok_s,
-            "decode_ratio": row.decode_tok_s / first.decode_tok_s,
-            "model_bytes": row.model_bytes,
-        }
-        for row in rows
-    }
-
-
 class Judge:
     """Collects what misses its limit."""
 
@@ -287,15 +271,13 @@ def compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             both = [f"{sizes['artifact']:,} + {sizes['side_files']:,} in side files" for sizes in (size, plain)]
             print(f"  bytes: {both[0]}; plain {both[1]}: {larger:.3f}{note}")
         measured = speeds(arguments.work / f"{quant}-text", rates)
-        results["packages"][f"{quant}, the text"]["speeds"] = measured
-        last = {"prefill_ratio": 0.0, "decode_ratio": 0.0}
-        for r, row in measured.items():
-            note = judge.check(f"{quant}: slower at rate {r:g}", ok=all(row[name] >= SPEED_NOISE * last[name] for name in last))
-            last = {name: max(last[name], row[name]) for name in last}
-            print(
-                f"  rate {r:.2f}: prefill {row['prefill_tok_s']:8.1f} tok/s ({row['prefill_ratio']:.2f}), "
-                f"decode {row['decode_tok_s']:6.1f} tok/s ({row['decode_ratio']:.2f}), {row['model_bytes']:,} bytes of weights{note}"
-            )
+        results["packages"][f"{quant}, the text"]["speeds"] = {
+            r: {what: asdict(ratio) for what, ratio in ratios.items()} for r, ratios in measured.items()
+        }
+        for r, ratios in measured.items():
+            print(f"  rate {r:.2f}: prefill {ratios['prefill']}, decode {ratios['decode']}")
+        for what in slower(measured):
+            print(judge.check(f"{quant}: {what} is slower than at a lower rate", ok=False))
     sorting = child({"model": arguments.model, "text": str(calibration), "quant": arguments.quants.split(",")[0]})
     note = judge.check(f"sorting took {sorting['seconds']:.0f} s", ok=sorting["seconds"] <= SORT_SECONDS)
     print(f"\nsorting: {sorting['seconds']:.1f} s, peak {sorting['peak_rss_bytes'] / 2**20:,.0f} MiB{note}")

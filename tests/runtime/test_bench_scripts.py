@@ -12,6 +12,8 @@ from onnx_folders import write_tiny_onnx
 from tiny import hf_folder
 from tiny_gguf import write_tiny_gguf
 
+import edgeq
+
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
@@ -36,6 +38,16 @@ def test_overhead_of_onnx_runtime(tmp_path: Path) -> None:
     write_tiny_onnx(tmp_path / "onnx")
     out = script("overhead.py", tmp_path / "onnx", "--pairs", 2, "--tokens", 2, "--prompt-tokens", 8, "--threads", 1)
     assert re.search(r"edgeq / genai( +[\d.]+){4}\nmedian of 2 paired ratios: [\d.]+, limit 1\.02", out)
+
+
+def test_speed_of_cuts(tmp_path: Path) -> None:
+    model = hf_folder(tmp_path / "m", "llama")
+    edgeq.export(model, profile="laptop-cpu", output=tmp_path / "package", quant="F16", elastic=True, verify=False)
+    out = script("speed.py", tmp_path / "package", "--rates", "0,0.3", "--rounds", 3, "--prompt-tokens", 8, "--tokens", 2, "--threads", 1)
+    ratio = r"[\d.]+ \([\d.]+ to [\d.]+, [\d.]+ tok/s\)"
+    assert re.search(
+        rf"rate 0\.00: prefill 1\.000 .*\nrate 0\.30: prefill {ratio}   decode {ratio}\n(slower than|no cut is slower than)", out
+    )
 
 
 @pytest.mark.slow
