@@ -367,7 +367,10 @@ class _Together:
                 self._leave(lane, err)
             return
         for lane in list(self._runs):
-            self._sampled(lane, lane)
+            try:
+                self._sampled(lane, lane)
+            except UsageError as err:  # its grammar cannot go on
+                self._leave(lane, err)
 
     def _sampled(self, lane: int, row: int) -> None:
         """Take the next token of a lane from its row of logits."""

@@ -6,6 +6,7 @@ draw the same tokens from the same logits and seed.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
 import weakref
@@ -17,7 +18,7 @@ import numpy as np
 from edgeq.errors import UsageError
 from edgeq.runtime.engine import Context
 from edgeq.runtime.grammar import grammar_sampler
-from edgeq.runtime.llama import LlamaContext, library
+from edgeq.runtime.llama import LlamaContext, LlamaModel, library
 from edgeq.runtime.token_draw import Twister, candidates, draw
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _MAX_SEED = 2**32 - 2  # 2**32 - 1 means "draw a seed" to llama.cpp
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. top_k, top_p, min_p: None is off. seed: None draws one. grammar: GBNF that was checked; llama.cpp only."""
+    """How to sample. top_k, top_p, min_p: None is off. seed: None draws one. grammar: GBNF; llama.cpp only."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -86,13 +87,55 @@ class _LlamaChain:
                 c.llama_sampler_init_temp(sampling.temperature),
                 c.llama_sampler_init_dist(seed),
             ]
-        if sampling.grammar is not None:
-            parts.insert(0, grammar_sampler(context.model, sampling.grammar))
         for part in parts:
             c.llama_sampler_chain_add(self._chain, part)  # the chain owns it from here
+        self._held = None if sampling.grammar is None else _Held(context.model, sampling.grammar)
 
     def sample(self, context: LlamaContext, row: int) -> int:
-        return self._sample(self._chain, context.pointer, row)
+        if self._held is None:
+            return self._sample(self._chain, context.pointer, row)
+        return self._held.sample(self._chain, context, row)
+
+    def close(self) -> None:
+        self._free()
+        if self._held is not None:
+            self._held.close()
+
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data of llama.h
+
+
+class _Held:
+    """A grammar before a chain. llama.cpp ends the process when a token comes that the grammar does not allow, as one does when it allows
+    none, or when a low temperature makes its logits infinite; so what is chosen is looked at before the grammar is told."""
+
+    def __init__(self, model: LlamaModel, grammar: str) -> None:
+        self._model, self._c = model, library()
+        self._grammar = grammar_sampler(model, grammar)
+        self._free = weakref.finalize(self, self._c.llama_sampler_free, self._grammar)
+        self._candidates = np.zeros(model.n_vocab, dtype=_CANDIDATE)
+
+    def sample(self, chain: Any, context: LlamaContext, row: int) -> int:
+        c, candidates = self._c, self._candidates
+        candidates["id"] = np.arange(len(candidates))
+        candidates["logit"] = np.ctypeslib.as_array(c.llama_get_logits_ith(context.pointer, row), shape=(len(candidates),))
+        array = c.llama_token_data_array(
+            data=candidates.ctypes.data_as(c.llama_token_data_p), size=len(candidates), selected=-1, sorted=False
+        )
+        c.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        allowed = candidates["logit"] != -np.inf
+        if not allowed.any():
+            raise UsageError(
+                f"{self._model.path}: no token of the vocabulary can go on as the grammar wants. Let it want what the model can spell."
+            )
+        token = likeliest = int(candidates["logit"].argmax())
+        c.llama_sampler_apply(chain, ctypes.byref(array))
+        if 0 <= array.selected < array.size:
+            token = array.data[array.selected].id
+        token = token if allowed[token] else likeliest
+        c.llama_sampler_accept(self._grammar, token)
+        c.llama_sampler_accept(chain, token)
+        return token
 
     def close(self) -> None:
         self._free()

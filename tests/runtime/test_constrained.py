@@ -48,9 +48,9 @@ def test_a_json_schema_is_followed(session: Session) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grammar": 'root ::= "a'}, "llama.cpp does not take the grammar"),
-        ({"grammar": 'start ::= "a"'}, "llama.cpp does not take the grammar"),
-        ({"grammar": "root ::= root"}, "llama.cpp does not take the grammar"),
+        ({"grammar": 'root ::= "a'}, "line 1 of the grammar"),
+        ({"grammar": "root ::= root"}, "can begin with itself"),
+        ({"grammar": 'root ::= "a"?*'}, "llama.cpp does not take the grammar. It said: unsupported grammar, left recursion"),
         ({"grammar": "  "}, "the grammar is empty"),
         ({"json_schema": {"type": "gibberish"}}, "cannot be made a grammar"),
         ({"json_schema": {"$ref": "https://example.org/x.json"}}, "cannot be made a grammar"),
@@ -60,6 +60,44 @@ def test_a_json_schema_is_followed(session: Session) -> None:
 def test_what_is_no_grammar_is_refused(session: Session, options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         session.generate(PROMPT, max_tokens=4, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "top_k": 5, "top_p": 0.5, "min_p": 0.1}])
+def test_a_grammar_that_allows_no_token_ends_its_answer_alone(session: Session, options: dict[str, float]) -> None:
+    dead = 'root ::= "quick" [b-a]'
+    stream = session.stream(PROMPT, grammar=dead, max_tokens=20, **options)
+    pieces = []
+    with pytest.raises(UsageError, match="no token of the vocabulary can go on as the grammar wants"):
+        pieces.extend(stream)
+    assert "".join(pieces) == "quick"
+    alone = session.generate(PROMPT, grammar=DIGITS, max_tokens=20).text
+    with Batcher(session, slots=3) as batcher:
+        jobs = [batcher.submit(PROMPT, grammar=grammar, max_tokens=20) for grammar in (dead, DIGITS, "root ::= [b-a]")]
+        for job in (jobs[0], jobs[2]):
+            with pytest.raises(UsageError, match="no token of the vocabulary"):
+                job.result(timeout=60)
+        assert jobs[1].result(timeout=60).text == alone
+
+
+def test_an_answer_ends_where_its_grammar_does(session: Session) -> None:
+    found = session.generate(PROMPT, grammar='root ::= "the" | "they"', max_tokens=20, temperature=5.0, seed=1)
+    assert found.text in ("the", "they")
+    assert found.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-30, 1e30])
+def test_logits_beyond_float32_leave_the_grammar_in_force(session: Session, temperature: float) -> None:
+    """llama.cpp then draws the last token of the vocabulary, or any."""
+    text = session.generate(PROMPT, grammar="root ::= [0-9]+", max_tokens=10, temperature=temperature, seed=1).text
+    assert re.fullmatch("[0-9]+", text), text
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 12, "top_p": 0.9, "min_p": 0.01, "seed": 0}])
+def test_a_grammar_that_allows_all_changes_no_choice(session: Session, options: dict[str, float]) -> None:
+    """The oracle is llama.cpp's own sampling."""
+    free = session.generate(PROMPT, max_tokens=12, **options)
+    assert "\ufffd" not in free.text  # bytes that are no character are not in `.`
+    assert session.generate(PROMPT, grammar="root ::= .*", max_tokens=12, **options).tokens == free.tokens
 
 
 def test_onnx_runtime_has_no_grammars(tmp_path: Path) -> None:
