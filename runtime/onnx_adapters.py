@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,6 +117,8 @@ class OnnxAdapter:
     def __init__(self, model: OnnxModel, path: Path, pairs: Mapping[str, Pair]) -> None:
         self.model, self.path = model, path
         self._pairs: Mapping[str, Pair] | None = pairs
+        self._left = weakref.finalize(self, model.adapter_closed)
+        model.adapter_opened()
 
     @classmethod
     def load(cls, model: OnnxModel, path: Path) -> OnnxAdapter:
@@ -140,6 +143,7 @@ class OnnxAdapter:
             raise RuntimeFailure(f"{self.path}: the adapter is in use. Set another one first.")
         self._pairs = None
         self.__dict__.pop("values", None)
+        self._left()
 
 
 def combined(scales: Mapping[OnnxAdapter, float]) -> Mapping[str, Any]:

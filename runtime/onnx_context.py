@@ -197,8 +197,7 @@ class _Graph:
 
     def __init__(self, model: OnnxModel, n_ctx: int) -> None:
         ort, facts = library(), model.facts
-        self._model, self._facts = model, facts
-        self._binding = model.session.io_binding()
+        self._model, self._facts, self._n_ctx = model, facts, n_ctx
         self._options = ort.RunOptions()
         self._options.log_severity_level = QUIET
         self._ids, self._mask, self._positions = _Numbers(np.zeros(n_ctx)), _Numbers(np.ones(n_ctx)), _Numbers(np.arange(n_ctx))
@@ -208,14 +207,26 @@ class _Graph:
         self._fixed = [(cache, _Buffer(cache, n_ctx, model)) for cache in facts.caches if cache.in_place]
         self._turning = [(cache, [_Buffer(cache, n_ctx, model) for _ in range(2)]) for cache in facts.caches if not cache.in_place]
         self._turn = 0
+        self._bind(model.session)
+
+    def _bind(self, session: Any) -> None:
+        """Bind what stays in its place, in a session that nothing is bound in yet."""
+        self._session, self._binding = session, session.io_binding()
         self._adapters: Mapping[str, Any] = {}
+        self._fed.clear()
         for cache, buffer in self._fixed:
-            self._binding.bind_input(cache.past, *buffer.place(n_ctx))
-            self._binding.bind_output(cache.present, *buffer.place(n_ctx))
+            self._binding.bind_input(cache.past, *buffer.place(self._n_ctx))
+            self._binding.bind_output(cache.present, *buffer.place(self._n_ctx))
+
+    def _follow(self) -> None:
+        """Go over to the model's session, if it has another one."""
+        if (session := self._model.session) is not self._session:
+            self._bind(session)
 
     def run(self, ids: npt.NDArray[np.int32], n_past: int, *, n_rows: int) -> None:
         """Compute tokens behind n_past others, and the logits of the last n_rows of them."""
         n, facts, model = len(ids), self._facts, self._model
+        self._follow()
         self._ids.values[:n] = ids
         self._feed(facts.ids, self._ids, [1, n])
         self._feed(facts.mask, self._mask, [1, n_past + n])
@@ -228,7 +239,7 @@ class _Graph:
             self._binding.bind_input(cache.past, *buffers[self._turn].place(n_past))
             self._binding.bind_output(cache.present, *buffers[1 - self._turn].place(n_past + n))
         try:
-            model.session.run_with_iobinding(self._binding, self._options)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as err:  # its errors have no base of their own
             raise RuntimeFailure(f"{facts.path}: computing {n} tokens after {n_past} failed. ONNX Runtime said: {said(err)}") from err
         self._turn = 1 - self._turn
@@ -236,6 +247,9 @@ class _Graph:
 
     def set_adapters(self, values: Mapping[str, Any]) -> None:
         """Bind inputs for adapters to these values, and those that were bound before to nothing."""
+        if values:
+            self._model.with_places()
+        self._follow()
         gone = {name: value for name, value in self._adapters.items() if name not in values}
         for name, value in (*nothing(self._model, gone).items(), *values.items()):
             self._binding.bind_ortvalue_input(name, value)

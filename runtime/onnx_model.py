@@ -6,8 +6,10 @@
 Everything that can be wrong with a folder, and that ONNX Runtime would answer late, in its own terms or not at all, is looked for before
 the runtime sees it: see `onnx_file`, `onnx_facts` and `onnx_kernels`. Changed bytes of weights are not: compare with a package's hashes.
 
-The graph is given to the runtime from memory, changed so that it computes logits for chosen tokens only (`onnx_rows`). Threads belong to
-the model, not to a context. A model or context is closed by `close()`, by its `with` block or when it is dropped.
+The graph is given to the runtime from memory, changed so that it computes logits for chosen tokens only (`onnx_rows`), and without its
+places for adapters (`onnx_places`) until the first adapter is set: then the whole graph is loaded in its place, and stays as long as an
+adapter is in memory. Threads belong to the model, not to a context. A model or context is closed by `close()`, by its `with` block or when
+it is dropped.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeq.errors import MissingDependency, RuntimeFailure, TokenizerError, UsageError
+from edgeq.runtime.adapter_file import file_stamp
 from edgeq.runtime.closing import Shared
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.onnx_facts import OnnxFacts, facts_of
 from edgeq.runtime.onnx_file import OnnxFile, read_onnx
 from edgeq.runtime.onnx_kernels import CPU, CUDA, check_kernels, without_kernel
+from edgeq.runtime.onnx_places import without_places
 from edgeq.runtime.onnx_rows import choose_rows
 from edgeq.runtime.onnx_tokenizer import OnnxTokenizer
 from edgeq.runtime.token_ids import TokenIds, checked_ids
@@ -70,17 +74,21 @@ class OnnxModel(Shared):
     """A model in memory and its tokenizer. gpu: index of the GPU it runs on, None for the CPU. chooses_rows: see `onnx_rows`."""
 
     def __init__(
-        self, facts: OnnxFacts, session: Any, tokenizer: OnnxTokenizer, *, gpu: int | None, threads: int, chooses_rows: bool
+        self, facts: OnnxFacts, graphs: _Graphs, tokenizer: OnnxTokenizer, *, gpu: int | None, threads: int, chooses_rows: bool
     ) -> None:
         super().__init__()
         self.path, self.facts, self.gpu, self.threads, self.chooses_rows = facts.path, facts, gpu, threads, chooses_rows
-        self._session: Any | None = session
+        self._graphs = graphs
+        self._has_places = graphs.bare is None
+        self._session: Any | None = graphs.start(places=self._has_places)
+        self._n_adapters = 0
         self._tokenizer = tokenizer
         self._contexts: weakref.WeakSet[OnnxContext] = weakref.WeakSet()
 
     @classmethod
-    def load(cls, path: Path | str, *, gpu: int | None = None, threads: int | None = None) -> OnnxModel:
-        """Load a folder by its model.onnx. threads: default is every core this process may use.
+    def load(cls, path: Path | str, *, gpu: int | None = None, threads: int | None = None, places: bool = False) -> OnnxModel:
+        """Load a folder by its model.onnx. threads: default is every core this process may use. places: with those for adapters from the
+        start, for a folder that does not stay.
 
         Raises SourceError, UnsupportedError or TokenizerError for a folder that the runtime must not see or cannot run, RuntimeFailure with
         ONNX Runtime's own words for one that it refuses, or when there is no CUDA; MissingDependency.
@@ -101,8 +109,8 @@ class OnnxModel(Shared):
                 "They belong to different models; copy the whole folder again."
             )
         chooses_rows = choose_rows(file.proto.graph, facts.logits)
-        session = _session(file, ort, provider, gpu=gpu, threads=threads)
-        return cls(facts, session, tokenizer, gpu=gpu, threads=threads, chooses_rows=chooses_rows)
+        graphs = _Graphs(file, facts, provider, gpu=gpu, threads=threads, places=places)
+        return cls(facts, graphs, tokenizer, gpu=gpu, threads=threads, chooses_rows=chooses_rows)
 
     @property
     def contexts(self) -> list[OnnxContext]:
@@ -116,10 +124,31 @@ class OnnxModel(Shared):
 
     @property
     def session(self) -> Any:
-        """The runtime's `InferenceSession`."""
+        """The runtime's `InferenceSession` now: another one after the first adapter was set, or the last one has gone."""
         if self._session is None:
             raise RuntimeFailure(f"{self.path}: the model is closed. Load it again.")
+        if self._has_places and not self._n_adapters and self._graphs.bare is not None:
+            self._change(places=False)
         return self._session
+
+    def adapter_opened(self) -> None:
+        """Count an adapter that is in memory."""
+        with self.lock:
+            self._n_adapters += 1
+
+    def adapter_closed(self) -> None:
+        with self.lock:
+            self._n_adapters -= 1
+
+    def with_places(self) -> None:
+        """Run the graph that takes adapters from now on. Raises RuntimeFailure when its files have changed, or as `load`."""
+        self._change(places=True)
+
+    def _change(self, *, places: bool) -> None:
+        with self.lock:
+            if self._has_places != places:
+                self._session = self._graphs.start(places=places)
+                self._has_places = places
 
     @property
     def n_vocab(self) -> int:
@@ -188,21 +217,41 @@ class OnnxModel(Shared):
         return checked_ids(tokens, n_vocab=self.n_vocab, path=self.path)
 
 
-def _session(file: OnnxFile, ort: ModuleType, provider: str, *, gpu: int | None, threads: int) -> Any:
+class _Graphs:
+    """What sessions of a model are started from. bare: without places for adapters; None where there are none, or they are to stay."""
+
+    def __init__(self, file: OnnxFile, facts: OnnxFacts, provider: str, *, gpu: int | None, threads: int, places: bool) -> None:
+        self._file, self._provider, self._gpu, self._threads = file, provider, gpu, threads
+        for tensor in file.proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = file.data[entry.value].resolve().relative_to(file.folder).as_posix()
+        inputs = [name for place in facts.places.values() for name in (place.a, place.b)]
+        self.bare = None if places else without_places(file.proto, inputs)
+        self._stamps = self._look()
+
+    def start(self, *, places: bool) -> Any:
+        """Raises RuntimeFailure with ONNX Runtime's own words, or when the files are not those that were read."""
+        if self._look() != self._stamps:
+            raise RuntimeFailure(f"{self._file.path}: has changed since it was loaded. Load it again.")
+        proto = self._file.proto if places or self.bare is None else self.bare
+        return _session(self._file, proto, library(), self._provider, gpu=self._gpu, threads=self._threads)
+
+    def _look(self) -> list[tuple[int, int] | None]:
+        return [file_stamp(path) if path.exists() else None for path in (self._file.path, *self._file.data.values())]
+
+
+def _session(file: OnnxFile, proto: Any, ort: ModuleType, provider: str, *, gpu: int | None, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = QUIET
-    for tensor in file.proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = file.data[entry.value].resolve().relative_to(file.folder).as_posix()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.folder))
     if gpu is not None:
         with redirect_stdout(sys.stderr):  # it prints what it misses
             ort.preload_dlls()  # CUDA's libraries from their Python packages, where those are installed
     providers: list[Any] = [CPU] if gpu is None else [(CUDA, {"device_id": gpu}), CPU]
     try:
-        session = ort.InferenceSession(file.proto.SerializeToString(), options, providers=providers)
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
     except Exception as err:  # its errors have no base of their own
         missing = without_kernel(file, ort, provider)
         hint = f" {provider} has no kernel for {', '.join(missing)}." if missing else ""

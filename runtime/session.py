@@ -155,11 +155,11 @@ class _Source:
     def load(self, size: Size | None) -> Model:
         """The artifact, or a cut of it, which other sessions may use as well unless it can be patched."""
 
-        def load(path: Path) -> Model:
-            return load_model(path, gpu=self.gpu, threads=self.threads, patchable=self.patchable)
+        def load(path: Path, *, stays: bool = False) -> Model:
+            return load_model(path, gpu=self.gpu, threads=self.threads, patchable=self.patchable, stays=stays)
 
         if size is None or not size.n_steps:
-            return load(self.artifact)
+            return load(self.artifact, stays=True)
         return load(cached_cut(self.elastic, size).path) if self.patchable else cached_model(self.elastic, size, self.gpu, load)
 
     def adapter_cut(self, size: Size | None) -> AdapterCut | None:

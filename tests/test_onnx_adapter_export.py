@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,18 @@ from edgeq.converters.sources.resolve import open_model
 from edgeq.deltas.merge import merged
 from edgeq.elastic import steps_for_rate
 from edgeq.elastic_files import read_elastic
-from edgeq.errors import AdapterError, PackageError, UsageError
+from edgeq.errors import AdapterError, PackageError, RuntimeFailure, UsageError
 from edgeq.model import Model
 from edgeq.onnx_adapter_file import read_onnx_adapter
 from edgeq.package import read_package
 from edgeq.reference import Reference
 from edgeq.reference_scores import TorchScores
+from edgeq.runtime.onnx_adapters import OnnxAdapter
+from edgeq.runtime.onnx_context import OnnxContext
+from edgeq.runtime.onnx_facts import facts_of
+from edgeq.runtime.onnx_file import read_onnx
+from edgeq.runtime.onnx_model import OnnxModel
+from edgeq.runtime.onnx_places import without_places
 from edgeq.tensors import from_values
 
 export = functools.partial(
@@ -293,3 +301,68 @@ def test_a_cut_of_an_unknown_adapter_is_an_error(package: Path, tmp_path: Path) 
     with pytest.raises((UsageError, AdapterError), match="nothing"):
         edgeq.cut(package, output=tmp_path / "small", rate=0.2, adapter="nothing")
     assert not (tmp_path / "small").exists()
+
+
+def n_places(model: Any) -> int:
+    """Inputs for adapters that the model's session has now."""
+    return sum(".lora_" in value.name for value in model.session.get_overridable_initializers())
+
+
+def test_places_are_left_out_until_an_adapter_acts(package: Path) -> None:
+    """And again when the last one has gone. What is cached stays, and so do the answers."""
+    with edgeq.load(package, n_ctx=96, threads=1) as session, edgeq.load(package, n_ctx=96, threads=1, adapter="sql") as other:
+        plain, tuned = (list(one.score(IDS)) for one in (session, other))
+        assert n_places(session.model) == 0
+        assert n_places(other.model) > 0
+        assert np.abs(np.subtract(plain, tuned)).max() > 0.01
+        session.load_adapter(package / "adapters" / "sql.onnx_adapter", "one")
+        np.testing.assert_array_equal(session.score(IDS), plain)
+        assert n_places(session.model) == 0, "none has acted yet"
+        session.set_adapter("one")
+        np.testing.assert_allclose(session.score(IDS), tuned, atol=1e-6)
+        assert n_places(session.model) == n_places(other.model)
+        session.set_adapter(None)
+        np.testing.assert_allclose(session.score(IDS), plain, atol=TOLERANCE)
+        assert n_places(session.model) > 0, "one is in memory, and may be wanted back"
+        session.unload_adapter("one")
+        np.testing.assert_array_equal(session.score(IDS), plain)
+        assert n_places(session.model) == 0
+
+
+def test_contexts_follow_when_another_one_sets_an_adapter(package: Path) -> None:
+    with OnnxModel.load(read_package(package).artifact_path(), threads=1) as model:
+        plain, tuned = OnnxContext(model, n_ctx=96), OnnxContext(model, n_ctx=96)
+        before = plain.decode(IDS[:40]).copy()
+        adapter = OnnxAdapter.load(model, package / "adapters" / "sql.onnx_adapter")
+        tuned.set_adapters({adapter: 1.0})
+        plain.truncate(20)
+        np.testing.assert_allclose(plain.decode(IDS[20:40]), before, atol=TOLERANCE)
+        assert np.abs(tuned.decode(IDS[:40]) - before).max() > 0.01
+
+
+def test_a_folder_that_has_changed_is_not_read_again(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "copy")
+    with edgeq.load(tmp_path / "copy", n_ctx=96, threads=1) as session:
+        first = session.generate(PROMPT, max_tokens=4).tokens
+        data = read_package(tmp_path / "copy").artifact_path().with_name("model.onnx.data")
+        os.utime(data, (1, 1))
+        session.set_adapter("sql")
+        with pytest.raises(RuntimeFailure, match=r"model\.onnx: has changed since it was loaded\. Load it again\."):
+            session.generate(PROMPT, max_tokens=4)
+        session.set_adapter(None)
+        assert session.generate(PROMPT, max_tokens=4).tokens == first
+
+
+def test_what_does_more_than_add_nothing_stays(package: Path) -> None:
+    file = read_onnx(read_package(package).artifact_path())
+    inputs = [name for place in facts_of(file).places.values() for name in (place.a, place.b)]
+    bare = without_places(file.proto, inputs)
+    assert bare is not None
+    assert not any("lora" in node.name for node in bare.graph.node) and any("lora" in node.name for node in file.proto.graph.node)
+    assert without_places(file.proto, []) is None
+    ranked = type(file.proto).FromString(file.proto.SerializeToString())
+    next(tensor for tensor in ranked.graph.initializer if tensor.name == inputs[0]).dims[1] = 1
+    assert without_places(ranked, inputs) is None
+    other = type(file.proto).FromString(file.proto.SerializeToString())
+    next(node for node in other.graph.node if node.name.endswith("lora_B/MatMul")).op_type = "Exp"
+    assert without_places(other, inputs) is None
