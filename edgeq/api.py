@@ -259,8 +259,8 @@ def _cut_model(cut: Path, spec: ModelSpec) -> tuple[ModelSpec, Mapping[str, Lazy
         left = read_gguf_model(cut)
         return left.spec, left.tensors
     from edgeq.converters.onnx.read import read_weights
-    from edgeq.runtime.onnx_cut_plan import projections
     from edgeq.runtime.onnx_file import read_onnx
+    from edgeq.runtime.onnx_sizes import projections
 
     file = read_onnx(cut)
     names = {tensor.name for tensor in file.proto.graph.initializer}

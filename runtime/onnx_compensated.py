@@ -37,8 +37,8 @@ from edgeq.nbits import NBits, Parts, decode, pack, unpack
 from edgeq.runtime.ahead import Ahead, Job, take_all
 from edgeq.runtime.cores import usable_cores
 from edgeq.runtime.onnx_cut import NO_EXTRAS, OnnxExtras
-from edgeq.runtime.onnx_cut_plan import Projection, projections
 from edgeq.runtime.onnx_file import OnnxFile
+from edgeq.runtime.onnx_sizes import Projection, projections
 from edgeq.tensors import Bytes
 from edgeq.tiled import product, times
 

@@ -26,9 +26,10 @@ from edgeq.runtime.cut import CutResult, MemoryCut
 from edgeq.runtime.cut_adapter import compensated_a
 from edgeq.runtime.onnx_adapters import Pair, adapter_pairs, check_onnx_base, read_onnx_file
 from edgeq.runtime.onnx_cut import roomy
-from edgeq.runtime.onnx_cut_plan import plan_after, read_sizes, sizes_after
+from edgeq.runtime.onnx_cut_plan import plan_after
 from edgeq.runtime.onnx_facts import facts_of
 from edgeq.runtime.onnx_file import OnnxFile
+from edgeq.runtime.onnx_sizes import read_sizes, sizes_after
 
 Hidden = Mapping[int, HiddenModel]
 Array = npt.NDArray[Any]

@@ -21,8 +21,9 @@ from edgeq.runtime.elastic_package import ElasticPackage, Size
 from edgeq.runtime.onnx_compensated import onnx_compensated
 from edgeq.runtime.onnx_cut import Hashes, cut_onnx, cut_onnx_to_memory
 from edgeq.runtime.onnx_cut_adapter import cut_onnx_adapter, cut_onnx_adapter_to_memory
-from edgeq.runtime.onnx_cut_plan import plan_onnx_cut, read_sizes
+from edgeq.runtime.onnx_cut_plan import plan_onnx_cut
 from edgeq.runtime.onnx_file import OnnxFile, read_onnx
+from edgeq.runtime.onnx_sizes import read_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,9 @@ from edgeq.model import Model
 from edgeq.reference import Reference
 from edgeq.runtime import onnx_cut
 from edgeq.runtime.onnx_cut import Hashes, cut_onnx, cut_onnx_to_memory
-from edgeq.runtime.onnx_cut_plan import plan_onnx_cut, read_sizes
+from edgeq.runtime.onnx_cut_plan import plan_onnx_cut
 from edgeq.runtime.onnx_file import read_onnx
+from edgeq.runtime.onnx_sizes import read_sizes
 
 FAMILIES = ("llama", "qwen2-tied", "qwen3", "phi3-longrope", "gemma3", "smollm3")
 FILES = ("genai_config.json", "model.onnx", "model.onnx.data")
