@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 import edgeq
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 
 RATES = (0.0, 0.05, 0.15, 0.25, 0.35)
 

@@ -20,7 +20,7 @@ from edgeq.runtime.adapter_formats import check_base, read_adapter
 from edgeq.runtime.elastic_package import open_elastic
 from edgeq.runtime.engine import Facts, Runtime, artifact_sha256, default_kv_type, kv_bytes, open_artifact, read_facts, runtime_of
 from edgeq.runtime.gguf_facts import GgufFacts
-from edgeq.runtime.llama import KV_TYPES
+from edgeq.runtime.llama_context import KV_TYPES
 
 _PROMPT_SEED = 20240229
 

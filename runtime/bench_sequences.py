@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from edgeq.errors import RuntimeFailure, UsageError
 from edgeq.runtime.likelihood import Floats
-from edgeq.runtime.llama import Batch, LlamaAdapter, LlamaContext, LlamaModel, library
+from edgeq.runtime.llama import LlamaAdapter, LlamaModel, library
+from edgeq.runtime.llama_context import Batch, LlamaContext
 
 
 class LlamaSequences:

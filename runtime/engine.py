@@ -21,7 +21,8 @@ from edgeq.package import Package, check_files, resolve_artifact, sha256
 from edgeq.runtime import gguf_facts
 from edgeq.runtime.gguf_facts import GgufFacts
 from edgeq.runtime.likelihood import Floats
-from edgeq.runtime.llama import ALL_LAYERS, NO_GPU_BUILD, LlamaContext, LlamaModel, library
+from edgeq.runtime.llama import ALL_LAYERS, NO_GPU_BUILD, LlamaModel, library
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.memory import kv_bytes as llama_kv_bytes
 from edgeq.runtime.onnx_facts import OnnxFacts, read_onnx_facts
 from edgeq.runtime.token_ids import TokenIds

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from edgeq.errors import RuntimeFailure
-from edgeq.runtime.llama import Batch, LlamaAdapter, LlamaContext, LlamaModel, library
+from edgeq.runtime.llama import LlamaAdapter, LlamaModel, library
+from edgeq.runtime.llama_context import Batch, LlamaContext
 
 
 class Lanes:

@@ -18,7 +18,8 @@ import numpy as np
 from edgeq.errors import UsageError
 from edgeq.runtime.engine import Context
 from edgeq.runtime.grammar import grammar_sampler
-from edgeq.runtime.llama import LlamaContext, LlamaModel, library
+from edgeq.runtime.llama import LlamaModel, library
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.token_draw import Twister, candidates, draw
 
 if TYPE_CHECKING:

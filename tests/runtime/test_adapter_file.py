@@ -17,7 +17,8 @@ from tiny_gguf import write_tiny_gguf
 from edgeq.errors import AdapterError, EdgeqError, RuntimeFailure, SourceError
 from edgeq.runtime.adapter_file import check_base, read_adapter
 from edgeq.runtime.gguf_facts import read_facts
-from edgeq.runtime.llama import LlamaAdapter, LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaAdapter, LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 
 Q = "blk.0.attn_q.weight"
 IDS = list(range(5, 29))

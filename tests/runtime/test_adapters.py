@@ -20,7 +20,8 @@ from edgeq.errors import AdapterError, RuntimeFailure, UsageError
 from edgeq.runtime.adapter_file import read_adapter
 from edgeq.runtime.adapter_pool import AdapterPool
 from edgeq.runtime.adapters import AdapterChoice, Request, _last_place, grouped
-from edgeq.runtime.llama import LlamaAdapter, LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaAdapter, LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.session import Session, load
 from edgeq.runtime.switching import switch_times
 

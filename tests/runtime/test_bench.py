@@ -26,7 +26,8 @@ from edgeq.runtime.child import Child, _error
 from edgeq.runtime.contention import BUSY_BEFORE, THRESHOLD
 from edgeq.runtime.decoding import greedy_steps
 from edgeq.runtime.elastic_package import open_elastic
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.memory import kv_bytes
 
 FIELDS = [

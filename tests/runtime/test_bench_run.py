@@ -23,7 +23,8 @@ from edgeq.runtime import bench as module
 from edgeq.runtime.bench import bench
 from edgeq.runtime.bench_stats import overlap
 from edgeq.runtime.child import Child
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.memory import kv_bytes
 from edgeq.runtime.page_cache import drop_pages
 

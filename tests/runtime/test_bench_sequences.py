@@ -13,7 +13,8 @@ from edgeq.errors import RuntimeFailure, UsageError
 from edgeq.runtime._bench_child import Bench
 from edgeq.runtime.bench_plan import prompt_ids
 from edgeq.runtime.bench_sequences import LlamaSequences
-from edgeq.runtime.llama import LlamaAdapter, LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaAdapter, LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from edgeq.runtime import compensated as module
 from edgeq.runtime.compensated import compensated, planned
 from edgeq.runtime.cut import cut_gguf
 from edgeq.runtime.elastic_package import ElasticPackage, check_elastic, open_elastic
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 
 FOLDERS = ("F32", "F16", "Q8_0", "Q4_0")
 

@@ -21,7 +21,8 @@ from edgeq.errors import EdgeqError, MissingDependency, PlanError, RuntimeFailur
 from edgeq.families import FAMILIES
 from edgeq.runtime import llama
 from edgeq.runtime.gguf_facts import ARCHITECTURES
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 
 TEXT = "Hello there, naïve café 123 привет 你好 😀👍🏽 \n\n  x = 3"
 

@@ -14,7 +14,8 @@ from tiny_gguf import write_tiny_gguf
 
 from edgeq.runtime import memory
 from edgeq.runtime.gguf_facts import read_facts
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.memory import kv_bytes, peak_rss_bytes, process_memory
 
 MODELS: dict[str, dict[str, Any]] = {

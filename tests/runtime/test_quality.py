@@ -17,7 +17,8 @@ from tiny_gguf import write_tiny_gguf
 
 from edgeq.errors import RuntimeFailure, UsageError
 from edgeq.runtime import likelihood
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.quality import compare, perplexity, perplexity_of
 
 TEXT = "The quick brown fox counts 1234 dogs; größer, привет 你好. " * 6

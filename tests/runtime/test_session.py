@@ -13,7 +13,8 @@ from tiny_gguf import N_CTX, write_tiny_gguf
 
 from edgeq.errors import PackageError, RuntimeFailure, TokenizerError, UsageError
 from edgeq.runtime.answer import TextBuffer, Timings
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.memory import kv_bytes
 from edgeq.runtime.session import MAX_DEFAULT_N_CTX, Session, load
 

@@ -15,7 +15,8 @@ from edgeq.runtime import fitting
 from edgeq.runtime import session as module
 from edgeq.runtime.cut_cache import process_cuts
 from edgeq.runtime.elastic_package import open_elastic
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.session import Session, load
 
 IDS = [5, 17, 80, 33, 2, 190, 44, 3]

@@ -14,7 +14,8 @@ from edgeq.errors import SourceError, TokenizerError, UsageError
 from edgeq.runtime.choices import ChoiceItem, encode, read_choices, score_choices
 from edgeq.runtime.estimates import exp_of, mean_of, without_error
 from edgeq.runtime.exact_match import ExactItem, match_exactly, normalised, read_exact
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.prompts import PromptWriter
 from edgeq.runtime.worker import ScoringWorker
 

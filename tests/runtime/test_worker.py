@@ -20,7 +20,8 @@ from tiny_gguf import N_CTX, write_tiny_gguf
 
 from edgeq.errors import MissingDependency, RuntimeFailure, SourceError, UsageError
 from edgeq.runtime import worker as worker_module
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.worker import ScoringWorker
 
 IDS = [1, *range(40, 100)]

@@ -25,7 +25,8 @@ from edgeq.rope import RopeSpec
 from edgeq.runtime.cut import cut_gguf, cut_to_memory
 from edgeq.runtime.cut_plan import Extras
 from edgeq.runtime.gguf_facts import read_facts
-from edgeq.runtime.llama import LlamaContext, LlamaModel
+from edgeq.runtime.llama import LlamaModel
+from edgeq.runtime.llama_context import LlamaContext
 from edgeq.runtime.memory import kv_bytes
 from edgeq.spec import Attention, Block, ModelSpec
 from edgeq.tensors import LazyTensor, from_values, map_values, slice_rows
