@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -20,13 +20,12 @@ import psutil
 
 from edgeq.errors import PlanError, RuntimeFailure, UsageError
 from edgeq.grids import grid
-from edgeq.runtime.closing import Closing
 from edgeq.runtime.cores import usable_cores
+from edgeq.runtime.likelihood import Floats
 from edgeq.runtime.llama import LlamaAdapter, LlamaModel, captured, said
 from edgeq.runtime.memory import kv_bytes
+from edgeq.runtime.text_logits import TextLogits
 from edgeq.runtime.token_ids import TokenIds
-
-Floats = npt.NDArray[np.float32]
 
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _LOGITS_CHUNK = 1 << 25  # values of logits that may exist at once while a long text is scored: 128 MiB
@@ -40,7 +39,7 @@ class State:
     data: bytes
 
 
-class LlamaContext(Closing):
+class LlamaContext(TextLogits):
     """A KV cache for one sequence, and the means to fill it; or room for several (`edgeq.runtime.lanes`).
 
     n_ctx: tokens that fit, of each of n_seq sequences (llama.cpp rounds its cells up to a multiple of 256). n_batch: most tokens per
@@ -246,37 +245,9 @@ class LlamaContext(Closing):
 
         return step
 
-    def iter_logits(self, tokens: TokenIds, *, keep: bool = False) -> Iterator[tuple[int, Floats]]:
-        """Logits of a text on its own, in pieces: (position of the first row, float32 (rows, n_vocab)), a view as in `decode`.
-
-        The cache is emptied first and holds the text afterwards. keep: the text goes on from what the cache holds instead; positions
-        are still those within `tokens`.
-        """
-        self._check_open()
-        ids = self.model.check_tokens(tokens)
-        before = self._n_past if keep else 0
-        if before + ids.size > self.n_ctx:
-            raise UsageError(f"{before + ids.size} tokens exceed the context of {self.n_ctx}. Use a larger n_ctx or fewer tokens.")
-        if not keep:
-            self.clear()
-        step = min(self.n_ubatch, self.max_outputs, max(1, _LOGITS_CHUNK // self.model.n_vocab))
-        for start in range(0, ids.size, step):
-            yield start, self.decode(ids[start : start + step], outputs="all")
-
-    def logits_of(self, tokens: TokenIds, out: Floats | None = None) -> Floats:
-        """Logits at every position of a text on its own, float32 (n_tokens, n_vocab), in `out` when given.
-
-        The cache is emptied first and holds the text afterwards.
-        """
-        self._check_open()
-        shape = (len(tokens), self.model.n_vocab)
-        if out is None:
-            out = np.empty(shape, dtype=np.float32)
-        elif out.shape != shape or out.dtype != np.float32:
-            raise UsageError(f"out is {out.dtype} of shape {list(out.shape)}, expected float32 of shape {list(shape)}")
-        for start, logits in self.iter_logits(tokens):
-            out[start : start + len(logits)] = logits
-        return out
+    @property
+    def _rows_at_once(self) -> int:
+        return min(self.n_ubatch, self.max_outputs, max(1, _LOGITS_CHUNK // self.model.n_vocab))
 
     def state(self) -> State:
         """The cache and the last logits, for `restore` on a context of the same shape."""

@@ -7,7 +7,7 @@ into the present. A failed call leaves what was remembered as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,19 +15,19 @@ import numpy.typing as npt
 import psutil
 
 from edgeq.errors import PlanError, RuntimeFailure, UsageError
-from edgeq.runtime.closing import Closing
 from edgeq.runtime.likelihood import Floats
 from edgeq.runtime.onnx_adapters import OnnxAdapter, combined, nothing
 from edgeq.runtime.onnx_facts import Cache
 from edgeq.runtime.onnx_model import QUIET, OnnxModel, library, said
 from edgeq.runtime.onnx_rows import ROWS
+from edgeq.runtime.text_logits import TextLogits
 from edgeq.runtime.token_ids import TokenIds
 
 _LOGITS_CHUNK = 1 << 25  # values of logits that may exist at once: 128 MiB
 _DTYPES: Mapping[str, type[np.floating[Any]]] = {"f32": np.float32, "f16": np.float16}
 
 
-class OnnxContext(Closing):
+class OnnxContext(TextLogits):
     """A KV cache for one sequence. n_ctx: tokens that fit. n_batch: most tokens computed together; longer input is split.
 
     kv_type: what the graph keeps keys and values in; there is no choice. max_outputs: most logits rows that one decode may return (default
@@ -99,7 +99,7 @@ class OnnxContext(Closing):
 
     def clear(self) -> None:
         """Empty the cache."""
-        assert self._open
+        self._check_open()
         self._n_past = 0
 
     def truncate(self, n_tokens: int) -> int:
@@ -156,36 +156,12 @@ class OnnxContext(Closing):
 
         return step
 
-    def iter_logits(self, tokens: TokenIds, *, keep: bool = False) -> Iterator[tuple[int, Floats]]:
-        """Logits of a text on its own, in pieces: (position of the first row, float32 (rows, n_vocab)), a view as in `decode`.
-
-        The cache is emptied first and holds the text afterwards. keep: the text goes on from what the cache holds instead; positions
-        are still those within `tokens`.
-        """
+    def _check_open(self) -> None:
         assert self._open
-        ids = self.model.check_tokens(tokens)
-        before = self._n_past if keep else 0
-        if before + ids.size > self.n_ctx:
-            raise UsageError(f"{before + ids.size} tokens exceed the context of {self.n_ctx}. Use a larger n_ctx or fewer tokens.")
-        if not keep:
-            self.clear()
-        for start in range(0, ids.size, self.max_outputs):
-            yield start, self.decode(ids[start : start + self.max_outputs], outputs="all")
 
-    def logits_of(self, tokens: TokenIds, out: Floats | None = None) -> Floats:
-        """Logits at every position of a text on its own, float32 (n_tokens, n_vocab), in `out` when given.
-
-        The cache is emptied first and holds the text afterwards.
-        """
-        assert self._open
-        shape = (len(tokens), self.model.n_vocab)
-        if out is None:
-            out = np.empty(shape, dtype=np.float32)
-        elif out.shape != shape or out.dtype != np.float32:
-            raise UsageError(f"out is {out.dtype} of shape {list(out.shape)}, expected float32 of shape {list(shape)}")
-        for start, logits in self.iter_logits(tokens):
-            out[start : start + len(logits)] = logits
-        return out
+    @property
+    def _rows_at_once(self) -> int:
+        return self.max_outputs
 
 
 class _Graph:
