@@ -240,10 +240,10 @@ def test_an_unknown_name_lists_all_and_the_nearest():
 
 def test_quant_names_and_cache_types_are_those_of_the_carrier_and_the_runtime():
     mixes = pytest.importorskip("edgeq.converters.gguf.mixes")
-    llama = pytest.importorskip("edgeq.runtime.llama")
+    llama_context = pytest.importorskip("edgeq.runtime.llama_context")
     assert set(QUANT_NAMES) == set(mixes.QUANTS)
     assert all(base_grid(name) == row.base for name, row in mixes.QUANTS.items())
-    assert set(KV_TYPES) == set(llama.KV_TYPES)
+    assert set(KV_TYPES) == set(llama_context.KV_TYPES)
 
 
 def test_docs_contain_the_format_and_their_example_parses(tmp_path):
