@@ -78,7 +78,7 @@ class Bench:
         prepare(Path(path))
         before = process_memory(model_bytes=0, kv_bytes=0).rss
         began = time.perf_counter()
-        self.model: Model = load_model(Path(path), gpu=self.gpu, threads=threads)
+        self.model: Model = load_model(Path(path), gpu=self.gpu, threads=threads, adapted=adapter is not None)
         self.adapter: AnyAdapter | None = None if adapter is None else load_adapter(self.model, Path(adapter))
         self.loop: _Loop
         if batch == 1:

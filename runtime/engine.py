@@ -153,11 +153,19 @@ def prepare(artifact: Path, gpu: int | None = None) -> None:
         library()
 
 
-def load_model(artifact: Path, *, gpu: int | None = None, threads: int | None = None, patchable: bool = False, stays: bool = True) -> Model:
+def load_model(
+    artifact: Path,
+    *,
+    gpu: int | None = None,
+    threads: int | None = None,
+    patchable: bool = False,
+    adapted: bool = False,
+    stays: bool = True,
+) -> Model:
     """Load an artifact on the CPU, or on a GPU by its index. threads: of ONNX Runtime, which gives them to the model.
 
-    patchable: in memory that patches can change, which GGUF files alone can be. stays: whether its files do. Raises as `LlamaModel.load`
-    and `OnnxModel.load`.
+    patchable: in memory that patches can change, which GGUF files alone can be. adapted: an adapter will be set at once. stays: whether
+    its files do. Raises as `LlamaModel.load` and `OnnxModel.load`.
     """
     if not is_onnx(artifact):
         return LlamaModel.load(artifact, gpu_layers=0 if gpu is None else ALL_LAYERS, main_gpu=gpu or 0, use_mmap=not patchable)
@@ -165,7 +173,7 @@ def load_model(artifact: Path, *, gpu: int | None = None, threads: int | None = 
 
     if patchable:
         raise no_patches(artifact)
-    return OnnxModel.load(artifact, gpu=gpu, threads=threads, places=not stays)
+    return OnnxModel.load(artifact, gpu=gpu, threads=threads, places=adapted, stays=stays)
 
 
 def no_patches(artifact: Path) -> UsageError:

@@ -74,21 +74,32 @@ class OnnxModel(Shared):
     """A model in memory and its tokenizer. gpu: index of the GPU it runs on, None for the CPU. chooses_rows: see `onnx_rows`."""
 
     def __init__(
-        self, facts: OnnxFacts, graphs: _Graphs, tokenizer: OnnxTokenizer, *, gpu: int | None, threads: int, chooses_rows: bool
+        self,
+        facts: OnnxFacts,
+        graphs: _Graphs,
+        tokenizer: OnnxTokenizer,
+        *,
+        gpu: int | None,
+        threads: int,
+        chooses_rows: bool,
+        places: bool,
     ) -> None:
         super().__init__()
         self.path, self.facts, self.gpu, self.threads, self.chooses_rows = facts.path, facts, gpu, threads, chooses_rows
         self._graphs = graphs
-        self._has_places = graphs.bare is None
+        self._has_places = places or graphs.bare is None
         self._session: Any | None = graphs.start(places=self._has_places)
         self._n_adapters = 0
+        self._last_has_gone = False
         self._tokenizer = tokenizer
         self._contexts: weakref.WeakSet[OnnxContext] = weakref.WeakSet()
 
     @classmethod
-    def load(cls, path: Path | str, *, gpu: int | None = None, threads: int | None = None, places: bool = False) -> OnnxModel:
-        """Load a folder by its model.onnx. threads: default is every core this process may use. places: with those for adapters from the
-        start, for a folder that does not stay.
+    def load(
+        cls, path: Path | str, *, gpu: int | None = None, threads: int | None = None, places: bool = False, stays: bool = True
+    ) -> OnnxModel:
+        """Load a folder by its model.onnx. threads: default is every core this process may use. places: with those for adapters, as one
+        will be set at once. stays: whether the folder does, so that the graph can be loaded once more, with or without them.
 
         Raises SourceError, UnsupportedError or TokenizerError for a folder that the runtime must not see or cannot run, RuntimeFailure with
         ONNX Runtime's own words for one that it refuses, or when there is no CUDA; MissingDependency.
@@ -109,8 +120,8 @@ class OnnxModel(Shared):
                 "They belong to different models; copy the whole folder again."
             )
         chooses_rows = choose_rows(file.proto.graph, facts.logits)
-        graphs = _Graphs(file, facts, provider, gpu=gpu, threads=threads, places=places)
-        return cls(facts, graphs, tokenizer, gpu=gpu, threads=threads, chooses_rows=chooses_rows)
+        graphs = _Graphs(file, facts, provider, gpu=gpu, threads=threads, stays=stays)
+        return cls(facts, graphs, tokenizer, gpu=gpu, threads=threads, chooses_rows=chooses_rows, places=places)
 
     @property
     def contexts(self) -> list[OnnxContext]:
@@ -127,28 +138,33 @@ class OnnxModel(Shared):
         """The runtime's `InferenceSession` now: another one after the first adapter was set, or the last one has gone."""
         if self._session is None:
             raise RuntimeFailure(f"{self.path}: the model is closed. Load it again.")
-        if self._has_places and not self._n_adapters and self._graphs.bare is not None:
-            self._change(places=False)
+        if self._last_has_gone:
+            self._leave_places()
         return self._session
 
     def adapter_opened(self) -> None:
         """Count an adapter that is in memory."""
         with self.lock:
             self._n_adapters += 1
+            self._last_has_gone = False
 
     def adapter_closed(self) -> None:
         with self.lock:
             self._n_adapters -= 1
+            self._last_has_gone = not self._n_adapters
 
     def with_places(self) -> None:
         """Run the graph that takes adapters from now on. Raises RuntimeFailure when its files have changed, or as `load`."""
-        self._change(places=True)
-
-    def _change(self, *, places: bool) -> None:
         with self.lock:
-            if self._has_places != places:
-                self._session = self._graphs.start(places=places)
-                self._has_places = places
+            if not self._has_places:
+                self._session, self._has_places = self._graphs.start(places=True), True
+
+    def _leave_places(self) -> None:
+        """Go back to the graph without them, where that can be had: the one that runs does as well."""
+        with self.lock:
+            if self._last_has_gone and self._has_places and self._graphs.bare is not None and self._graphs.unchanged:
+                self._session, self._has_places = self._graphs.start(places=False), False
+            self._last_has_gone = False
 
     @property
     def n_vocab(self) -> int:
@@ -218,24 +234,29 @@ class OnnxModel(Shared):
 
 
 class _Graphs:
-    """What sessions of a model are started from. bare: without places for adapters; None where there are none, or they are to stay."""
+    """What sessions of a model are started from. bare: without places for adapters; None where there are none, or the folder goes."""
 
-    def __init__(self, file: OnnxFile, facts: OnnxFacts, provider: str, *, gpu: int | None, threads: int, places: bool) -> None:
+    def __init__(self, file: OnnxFile, facts: OnnxFacts, provider: str, *, gpu: int | None, threads: int, stays: bool) -> None:
         self._file, self._provider, self._gpu, self._threads = file, provider, gpu, threads
         for tensor in file.proto.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = file.data[entry.value].resolve().relative_to(file.folder).as_posix()
         inputs = [name for place in facts.places.values() for name in (place.a, place.b)]
-        self.bare = None if places else without_places(file.proto, inputs)
+        self.bare = without_places(file.proto, inputs) if stays else None
         self._stamps = self._look()
 
     def start(self, *, places: bool) -> Any:
         """Raises RuntimeFailure with ONNX Runtime's own words, or when the files are not those that were read."""
-        if self._look() != self._stamps:
+        if not self.unchanged:
             raise RuntimeFailure(f"{self._file.path}: has changed since it was loaded. Load it again.")
         proto = self._file.proto if places or self.bare is None else self.bare
         return _session(self._file, proto, library(), self._provider, gpu=self._gpu, threads=self._threads)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the files are those that were read."""
+        return self._look() == self._stamps
 
     def _look(self) -> list[tuple[int, int] | None]:
         return [file_stamp(path) if path.exists() else None for path in (self._file.path, *self._file.data.values())]

@@ -123,7 +123,7 @@ def load(
         size = source.elastic.at_rate(rate)
     elif source.is_elastic:
         size = source.elastic.at_steps(0)
-    model = source.load(size)
+    model = source.load(size, adapted=bool(scales_of(adapter)))
     try:
         session = Session(model, n_ctx=n_ctx, threads=threads, kv_type=kv_type, source=source, size=size, adapter_budget=adapter_budget)
         session._open_adapters(adapter)
@@ -152,11 +152,11 @@ class _Source:
     def elastic(self) -> ElasticPackage:
         return open_elastic(self.path)
 
-    def load(self, size: Size | None) -> Model:
-        """The artifact, or a cut of it, which other sessions may use as well unless it can be patched."""
+    def load(self, size: Size | None, *, adapted: bool) -> Model:
+        """The artifact, or a cut of it, which other sessions may use as well unless it can be patched. adapted: see `load_model`."""
 
         def load(path: Path, *, stays: bool = False) -> Model:
-            return load_model(path, gpu=self.gpu, threads=self.threads, patchable=self.patchable, stays=stays)
+            return load_model(path, gpu=self.gpu, threads=self.threads, patchable=self.patchable, adapted=adapted, stays=stays)
 
         if size is None or not size.n_steps:
             return load(self.artifact, stays=True)
@@ -243,7 +243,7 @@ class Session(Closing):
             if self._size is None or size.n_steps != self._size.n_steps:
                 if self.patches:
                     raise UsageError(f"patch {self.patches[0]!r} is for the size of now. Undo it before changing the rate.")
-                model = self._source.load(size)
+                model = self._source.load(size, adapted=bool(self._active.scales))
                 try:
                     before = self.context
                     context = new_context(

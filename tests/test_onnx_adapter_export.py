@@ -353,6 +353,17 @@ def test_a_folder_that_has_changed_is_not_read_again(package: Path, tmp_path: Pa
         assert session.generate(PROMPT, max_tokens=4).tokens == first
 
 
+def test_a_graph_that_runs_is_kept_when_its_folder_has_changed(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "copy")
+    with edgeq.load(package, n_ctx=96, threads=1) as plain, edgeq.load(tmp_path / "copy", n_ctx=96, threads=1, adapter="sql") as session:
+        assert n_places(session.model) > 0, "loaded once, with them"
+        os.utime(read_package(tmp_path / "copy").artifact_path().with_name("model.onnx.data"), (1, 1))
+        session.set_adapter(None)
+        session.unload_adapter("sql")
+        np.testing.assert_allclose(session.score(IDS), plain.score(IDS), atol=TOLERANCE)
+        assert n_places(session.model) > 0
+
+
 def test_what_does_more_than_add_nothing_stays(package: Path) -> None:
     file = read_onnx(read_package(package).artifact_path())
     inputs = [name for place in facts_of(file).places.values() for name in (place.a, place.b)]
