@@ -125,8 +125,7 @@ def order_pairs_by_head(
         if isinstance(block, Attention) and block.layer in orders:
             order = orders[block.layer]
             changed = transformed(wide, changed, block, "qk", Order(order))
-            pairs_of = block.pairs or (tuple(range(block.head_dim // 2)),) * block.n_kv_heads
-            taken = tuple(tuple(own[pair] for pair in new) for own, new in zip(pairs_of, order.tolist(), strict=True))
+            taken = tuple(tuple(own[pair] for pair in new) for own, new in zip(wide.pairs_of(block), order.tolist(), strict=True))
             block = dataclasses.replace(block, pairs=None if block.rope == "none" else taken)
         blocks.append(block)
     return dataclasses.replace(wide, blocks=tuple(blocks)), changed
@@ -203,17 +202,18 @@ def _with_heads(spec: ModelSpec, kept: Kept) -> ModelSpec:
     if kept.head_dim is not None:  # all heads turn the same pairs: the rope says which
         blocks = tuple(dataclasses.replace(b, head_dim=sizes[0]) if isinstance(b, Attention) else b for b in spec.blocks)
         return dataclasses.replace(_with_ropes(wide, lambda rope: rope.take(range(sizes[0] // 2))), blocks=blocks)
-    return dataclasses.replace(wide, blocks=tuple(_smaller(b, sizes[b.layer]) if isinstance(b, Attention) else b for b in spec.blocks))
+    return dataclasses.replace(
+        wide, blocks=tuple(_smaller(wide, b, sizes[b.layer]) if isinstance(b, Attention) else b for b in spec.blocks)
+    )
 
 
-def _smaller(block: Attention, head_dim: int) -> Attention:
+def _smaller(wide: ModelSpec, block: Attention, head_dim: int) -> Attention:
     """A block whose heads have their first dimensions only, of a spec that is `widened`."""
     if head_dim == block.head_dim:
         return block
     if block.rope == "none":
         return dataclasses.replace(block, head_dim=head_dim)
-    own = block.pairs or (tuple(range(block.head_dim // 2)),) * block.n_kv_heads
-    return dataclasses.replace(block, head_dim=head_dim, pairs=tuple(pairs_of[: head_dim // 2] for pairs_of in own))
+    return dataclasses.replace(block, head_dim=head_dim, pairs=tuple(own[: head_dim // 2] for own in wide.pairs_of(block)))
 
 
 def _with_ropes(spec: ModelSpec, change: Callable[[RopeSpec], RopeSpec]) -> ModelSpec:

@@ -108,7 +108,11 @@ class ModelSpec:
 
     def rope_dim(self, block: Attention) -> int:
         """Dimensions of a block's heads that turn."""
-        return self.rope.dim if block.pairs is None else 2 * len(block.pairs[0])
+        return (self.rope_of(block) or self.rope).dim if block.pairs is None else 2 * len(block.pairs[0])
+
+    def pairs_of(self, block: Attention) -> tuple[tuple[int, ...], ...]:
+        """The rope's pairs that each KV head of a block turns, in its order."""
+        return block.pairs or (tuple(range(self.rope_dim(block) // 2)),) * block.n_kv_heads
 
     @property
     def attention(self) -> tuple[Attention, ...]:

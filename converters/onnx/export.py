@@ -57,6 +57,7 @@ from edgeq.profiles import DeviceProfile
 from edgeq.progress import Progress, silent
 from edgeq.sorting import Sorting
 from edgeq.spec import ModelSpec
+from edgeq.transforms import NORMED
 
 _LEAST_POSITIONS = 32768  # 16 MiB of cosines and sines for heads of 128 dimensions
 
@@ -326,9 +327,7 @@ def _cut_heads(spec: ModelSpec) -> tuple[Cuttable, tuple[int, ...]]:
     """Whether heads may lose dimensions, and the sizes that they may have: those that keep GroupQueryAttention, down to a quarter."""
     full = sorted({block.head_dim for block in spec.attention})
     if family(spec.family).qk_norm:
-        return Cuttable(
-            "no", f"{spec.family} normalises queries and keys over the whole head: without some dimensions all others change."
-        ), ()
+        return Cuttable("no", NORMED.format(spec.family, "without some dimensions all others change")), ()
     if len(full) > 1 or full[0] % 2:
         return Cuttable("no", f"heads of {full} dimensions have no common RoPE pairs."), ()
     top = (full[0] - 1) // HEAD_STEP * HEAD_STEP

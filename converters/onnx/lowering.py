@@ -186,7 +186,7 @@ def _remedy(block: Attention, value_dim: int) -> str:
 
 def _turning(spec: ModelSpec, block: Attention) -> Turning | None:
     rope = spec.rope_of(block)
-    return None if rope is None else Turning(rope, block.pairs or (tuple(range(rope.dim // 2)),) * block.n_kv_heads)
+    return None if rope is None else Turning(rope, spec.pairs_of(block))
 
 
 def _check(block: Attention, turning: Turning) -> None:
